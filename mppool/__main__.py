@@ -1,0 +1,3 @@
+from mppool.cli import main
+
+main()

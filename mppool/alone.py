@@ -1,0 +1,61 @@
+"""Without a broker: a process in need takes back what the dead hold, itself."""
+
+from __future__ import annotations
+
+from mppool import claims
+from mppool.reclaim import PAUSE
+from mppool.returning import free
+from mppool.states import CloseReason, State
+from mppool.story import Pause, Story
+from mppool.table import BROKER
+from mppool.worker import Hands
+
+__all__ = ["reclaim"]
+
+
+def reclaim(hands: Hands) -> Story[None]:
+    """As the broker would, under the broker's lock; if another process is at it already, it is left to that one.
+
+    What nobody here has a duplicate of, but others may have, stays counted until one of them comes by.
+    """
+    worker = hands.worker
+    reclaimer, lock = worker.reclaimer, worker.lock
+    dead = reclaimer.dead_rows()
+    if not (dead or worker.limbo) or not worker.reclaiming.acquire(blocking=False):
+        return
+    try:
+        if not lock.take(BROKER):
+            return
+        suspects = reclaimer.suspects(dead)
+        if suspects:
+            yield Pause(PAUSE)
+        for case in reclaimer.convicted(suspects, dead):
+            entry = worker.attached(case.k)
+            if entry is not None:
+                worker.sever(entry)
+            elif worker.words[worker.table.spread + case.k] == worker.words[worker.generation_at + case.k] + 1:
+                continue
+            with worker.permits.section() as inside:
+                if inside:
+                    reclaimer.bury(case)
+        for k in reclaimer.left_at_home(dead):
+            yield from bury_unshared(hands, k)
+        reclaimer.free_rows(dead)
+    finally:
+        lock.give(BROKER)
+        worker.reclaiming.release()
+
+
+def bury_unshared(hands: Hands, k: int) -> Story[None]:
+    """An idle session that died with the process that had it: only its place in the table is left."""
+    worker = hands.worker
+    home = worker.words[worker.table.home + k]
+    lane, slot = hands.take(), worker.slot(k)
+    if not hands.claim(lane, slot):
+        hands.give(lane)
+    elif worker.table.state(k) is State.IDLE and worker.words[worker.table.home + k] == home:
+        worker.table.move(k, State.CLOSING)
+        yield from free(hands, lane, CloseReason.owner_died)
+    else:
+        claims.release(worker.words, lane, slot)
+        hands.give(lane)

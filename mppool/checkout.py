@@ -1,0 +1,249 @@
+"""Checkout: how a caller gets a session.
+
+In order: an idle session this process used last; any other idle one; a new one, if a permit is free; else wait one's
+turn at the broker. Whoever finds others waiting queues behind them. Before anything is lent it is looked at: an idle
+session with something to read has ended, or is dirty, and is closed.
+
+This is the whole story. The common case, an idle session and nobody waiting, is told a second time in plain code in
+pool.py, and comes here with what it holds as soon as anything is unusual.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from typing import Any
+
+from mppool import alone, claims
+from mppool.claims import Lane
+from mppool.conversation import attach, connect, fetch, wait_turn
+from mppool.dialing import open_session
+from mppool.errors import DialFailed, PoolTimeout
+from mppool.returning import discard
+from mppool.snapshot import numbers
+from mppool.states import CloseReason, State
+from mppool.story import Call, Pause, Story
+from mppool.table import R_TIMEOUTS, R_UNLENT, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
+from mppool.worker import Entry, Hands, Worker
+
+__all__ = ["checkout"]
+
+FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table while there is no broker
+
+Held = tuple[Lane, Entry]
+
+
+def checkout(worker: Worker, timeout: float, lane: Lane | None = None, entry: Entry | None = None) -> Story[Any]:
+    """Lend a session within ``timeout`` seconds. ``lane`` and ``entry``: what the fast path holds already, but found odd.
+
+    Raises PoolTimeout, TooManyWaiting, DialFailed (the server is down for good), BrokerUnavailable (not ours). Then, and
+    whenever it is interrupted, nothing is lent and nothing is held.
+    """
+    hands = Hands(worker)
+    began = time.monotonic()
+    waiting = False
+    try:
+        if lane is not None and entry is not None:
+            hands.take(lane)
+            entry.lane = None
+            worker.bump(R_UNLENT)
+            if (yield from fit(hands, lane, entry)):
+                return worker.lend(lane, entry)
+        worker.tidy()
+        held = None if worker.must_queue() else (yield from seize(hands))
+        if held is None:
+            waiting = True
+            worker.wait_begins(1)
+            held = yield from wait(hands, began, timeout)
+            count_wait(worker, time.monotonic() - began)
+        return worker.lend(*held)
+    except PoolTimeout:
+        worker.bump(R_TIMEOUTS)
+        raise
+    except BaseException:
+        hands.settle()
+        raise
+    finally:
+        if waiting:
+            worker.wait_begins(-1)
+
+
+def seize(hands: Hands) -> Story[Held | None]:
+    """What can be had at once: an idle session, or a new one."""
+    return (yield from take_idle(hands)) or (yield from open_session(hands))
+
+
+def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
+    """Nothing was to be had at once: wait for our turn, with a broker in its queue, without one by looking again and again."""
+    worker = hands.worker
+    until = began + timeout
+    pause = FIRST_POLL
+    front = False
+    yield from give_up_idle(hands)
+    while True:
+        if time.monotonic() >= until:
+            raise timed_out(worker, timeout)
+        fail_if_down_for_good(worker)
+        line = yield from connect(worker)
+        if line is None:
+            yield from alone.reclaim(hands)
+            held = yield from seize(hands)
+            if held is not None:
+                return held
+            yield Pause(max(0.0, min(pause * random.uniform(0.5, 1.0), until - time.monotonic())))
+            pause = min(pause * 1.5, LAST_POLL)
+            continue
+        turn = yield from wait_turn(hands, line, until, front)
+        front = turn.dial or turn.lane is not None  # whose turn came to nothing is still the first
+        if turn.lane is not None:
+            entry = yield from receive_grant(hands, turn.lane, turn.fd, turn.baggage)
+            if entry is not None and (yield from fit(hands, turn.lane, entry)):
+                return turn.lane, entry
+        elif turn.dial:
+            held = yield from open_session(hands)
+            if held is not None:
+                return held
+
+
+def give_up_idle(hands: Hands) -> Story[None]:
+    """Sessions that nobody can end from outside: with others waiting before us, our idle ones make room for them."""
+    worker = hands.worker
+    if worker.driver.transferable or not worker.must_queue():
+        return
+    for entry in list(worker.idle):
+        if worker.driver.fileno(entry.conn) < 0:
+            held = yield from take(hands, entry.slot.k)
+            if held is not None:
+                yield from discard(hands, *held, CloseReason.evicted_for_other)
+
+
+def count_wait(worker: Worker, seconds: float) -> None:
+    worker.bump(R_WAITS)
+    worker.bump(R_WAIT_US, int(seconds * 1e6))
+    worker.waited(seconds)
+
+
+def timed_out(worker: Worker, timeout: float) -> PoolTimeout:
+    error = PoolTimeout(f"no session within {timeout:g} s ({numbers(worker.table)})")
+    if worker.words[W_FAILURES]:
+        error.__cause__ = DialFailed(worker.table.text("dial_error"))
+    return error
+
+
+def fail_if_down_for_good(worker: Worker) -> None:
+    """The server cannot be reached for ``reconnect_timeout``, and no session is left that somebody might return: fail at once."""
+    since = worker.words[W_DOWN_SINCE]
+    if since and time.monotonic_ns() - since > worker.words[W_RECONNECT_TIMEOUT] and not worker.permits.held():
+        raise DialFailed(f"down for longer than reconnect_timeout: {worker.table.text('dial_error')}")
+
+
+def take_idle(hands: Hands) -> Story[Held | None]:
+    """Claim an idle session that is fit: our own newest first, then any in the table that we have or can get."""
+    worker = hands.worker
+    while worker.idle:
+        try:
+            entry = worker.idle.pop()
+        except IndexError:
+            break  # another thread was faster
+        worker.spare_lane(entry)
+        if worker.entries.get(entry.slot.k) is entry:
+            held = yield from take(hands, entry.slot.k)
+            if held is not None:
+                return held
+    table, words = worker.table, worker.words
+    k = table.find(State.IDLE)
+    while k >= 0:
+        if worker.attached(k) is not None or words[table.shared_flag + k] == words[table.generation + k] + 1:
+            held = yield from take(hands, k)
+            if held is not None:
+                return held
+        k = table.find(State.IDLE, k + 1)
+    return None
+
+
+def take(hands: Hands, k: int) -> Story[Held | None]:
+    """Claim slot k if it is idle, attach its session if need be, and look whether it is fit."""
+    worker = hands.worker
+    lane, slot = hands.take(), worker.slot(k)
+    if not hands.claim(lane, slot):
+        hands.give(lane)
+        return None
+    if worker.table.state(k) is not State.IDLE:
+        claims.release(worker.words, lane, slot)
+        hands.give(lane)
+        return None
+    entry = worker.attached(k) or (yield from fetch(worker, k))
+    if entry is None:
+        pass_over(hands, lane)
+        return None
+    worker.unlist(entry)
+    return (lane, entry) if (yield from fit(hands, lane, entry)) else None
+
+
+def receive_grant(hands: Hands, lane: Lane, fd: int, baggage: bytes) -> Story[Entry | None]:
+    """The broker granted us a session: find our entry for it, attach the descriptor that came with it, or fetch one."""
+    worker = hands.worker
+    k = claims.named(worker.words[lane.at])
+    entry = worker.attached(k)
+    if entry is not None:
+        if fd >= 0:
+            os.close(fd)
+    elif fd >= 0:
+        entry = yield from attach(worker, k, fd, baggage)
+    else:
+        entry = yield from fetch(worker, k)
+    if entry is None:
+        pass_over(hands, lane)
+        return None
+    worker.unlist(entry)
+    return entry
+
+
+def pass_over(hands: Hands, lane: Lane) -> None:
+    """Leave a session as it is for others: claimed, but not to be had by us."""
+    worker = hands.worker
+    slot = worker.slot(claims.named(worker.words[lane.at]))
+    worker.mem[slot.state_at] = State.IDLE
+    claims.release(worker.words, lane, slot)
+    hands.give(lane)
+    worker.look()
+
+
+def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
+    """Look at a session that we hold. Fit: it stays held. Not fit: it is closed (or let go), and the lane is given back."""
+    worker, k = hands.worker, entry.slot.k
+    if worker.words[worker.generation_at + k] != entry.generation:
+        # Ended, and perhaps followed by another in the same slot: that one is not ours to judge.
+        worker.forget(entry)
+        claims.release(worker.words, lane, entry.slot)
+        hands.give(lane)
+        return False
+    if entry.poll(0):
+        yield from discard(hands, lane, entry, why_readable(worker, entry))
+        return False
+    if time.monotonic_ns() >= worker.words[entry.slot.expires_at]:
+        yield from discard(hands, lane, entry, CloseReason.too_old)
+        return False
+    if worker.options.check is not None:
+        if worker.table.state(k) is State.IDLE:
+            worker.table.move(k, State.IN_USE)
+        try:
+            yield Call(worker.options.check, entry.conn)
+        except Exception:
+            yield from discard(hands, lane, entry, CloseReason.check_failed)
+            return False
+    return True
+
+
+def why_readable(worker: Worker, entry: Entry) -> CloseReason:
+    """An idle session has something to read: bytes nobody asked for, or the end?"""
+    peek = socket.socket(fileno=worker.driver.fileno(entry.conn))
+    try:
+        unread = peek.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        unread = b""
+    finally:
+        peek.detach()
+    return CloseReason.unread_data if unread else CloseReason.peer_closed

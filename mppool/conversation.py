@@ -1,0 +1,224 @@
+"""What a worker says to the broker, as stories: connect, share, fetch, wait for one's turn, give up waiting.
+
+None of them fails because there is no broker: they say so, and the caller goes on without. A broker that comes back is
+found here, and given the duplicates it lacks.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import NamedTuple
+
+from mppool import claims
+from mppool.claims import Lane, named
+from mppool.errors import BrokerUnavailable, TooManyWaiting
+from mppool.story import Attach, Receive, Story
+from mppool.table import R_FETCHES, R_REJECTED, W_BEAT
+from mppool.wire import FRONT, RESIDENT, Kind, Message
+from mppool.worker import Entry, Hands, Line, LineLost, Worker
+
+__all__ = ["connect", "fetch", "share", "wait_turn"]
+
+ANSWER = 1.0  # seconds within which a living broker answers
+LOOK_AGAIN = 0.05  # seconds between two tries to find a broker
+
+
+def connect(worker: Worker) -> Story[Line | None]:
+    """A line to the broker that nobody else uses, None if no broker answers. Put it back into ``worker.lines`` after use.
+
+    Raises BrokerUnavailable if the one that answers is not for us.
+    """
+    if worker.words[W_BEAT] and not worker.broker_beats():
+        return None  # dead or stopped; one that comes says so in the table first
+    while worker.lines:
+        try:
+            return worker.lines.pop()
+        except IndexError:
+            break
+    now = time.monotonic()
+    if now < worker.next_try:
+        return None
+    line = None
+    try:
+        line = Line(worker.path)
+        line.send(Message(Kind.HELLO, worker.row.index, worker.row.incarnation, body=worker.ident.encode()))
+        answer = yield Receive(line, now + ANSWER)
+        if answer is None:
+            worker.next_try = now + 2 * ANSWER
+            return None
+        welcome = answer[0]
+        if welcome.kind is Kind.REFUSED:
+            raise BrokerUnavailable(f"broker={worker.path!r}: {welcome.body.decode(errors='replace')}")
+        if welcome.kind is not Kind.WELCOME:
+            raise LineLost
+        line.epoch = welcome.serial
+        if worker.shown_epoch != line.epoch:
+            show(worker, line)
+        found, line = line, None
+        return found
+    except (OSError, LineLost):
+        worker.next_try = time.monotonic() + LOOK_AGAIN * random.uniform(0.5, 1.5)
+        return None
+    finally:
+        if line is not None:
+            line.close()
+
+
+def show(worker: Worker, line: Line) -> None:
+    """Give a new broker the duplicates it lacks. Raises LineLost."""
+    for entry in list(worker.entries.values()):
+        if entry.generation == worker.words[worker.generation_at + entry.slot.k]:
+            send_duplicate(worker, line, entry)
+    line.send(Message(Kind.SHOWN))
+    worker.shown_epoch = line.epoch
+
+
+def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
+    """SHARE a session, unless the broker has it already. Raises LineLost."""
+    k, words, table = entry.slot.k, worker.words, worker.table
+    if words[table.shared_flag + k] == entry.generation + 1:
+        return
+    fd, baggage = worker.driver.detach(entry.conn)
+    if fd < 0:
+        return
+    words[table.spread + k] = entry.generation + 1  # before: from now on it may live longer than this process
+    flags = 0 if worker.driver.transferable else RESIDENT
+    line.send(Message(Kind.SHARE, k, entry.generation, flags, baggage), fd)
+
+
+def share(worker: Worker, entry: Entry) -> Story[None]:
+    """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes."""
+    line = yield from connect(worker)
+    if line is None:
+        return
+    try:
+        send_duplicate(worker, line, entry)
+    except LineLost:
+        return
+    worker.lines.append(line)
+
+
+def fetch(worker: Worker, k: int) -> Story[Entry | None]:
+    """A session that we hold but have never had: get a duplicate from the broker and attach it. None if that cannot be."""
+    line = yield from connect(worker)
+    if line is None:
+        return None
+    done = False
+    try:
+        line.send(Message(Kind.FETCH, k, worker.words[worker.generation_at + k]))
+        answer = yield Receive(line, time.monotonic() + ANSWER)
+        if answer is None:
+            return None
+        done = True
+        message, fd = answer
+        if message.kind is not Kind.SESSION:
+            return None
+        worker.bump(R_FETCHES)
+        return (yield from attach(worker, k, fd, message.body))
+    except LineLost:
+        return None
+    finally:
+        if done:
+            worker.lines.append(line)
+        else:
+            line.close()  # a late answer must not be taken for the next one
+
+
+def attach(worker: Worker, k: int, fd: int, baggage: bytes) -> Story[Entry]:
+    conn = yield Attach(fd, baggage)
+    return worker.attach(k, conn)
+
+
+class Turn(NamedTuple):
+    """How waiting ended: with a session that ``lane`` holds (and perhaps a descriptor of it), the right to dial, or neither."""
+
+    lane: Lane | None = None
+    fd: int = -1
+    baggage: bytes = b""
+    dial: bool = False
+
+
+def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn]:
+    """Queue until a session, or the right to dial, is granted. An empty Turn: not until then, or there is no broker any more.
+
+    Raises TooManyWaiting. Takes the line, and a lane of its own that it gives back unless a session was granted to it.
+    """
+    worker = hands.worker
+    lane = hands.take()
+    asked = False
+    try:
+        asked = True
+        line.send(Message(Kind.WAIT, lane.index, worker.row.incarnation, FRONT if front else 0))
+        while True:
+            answer = yield Receive(line, min(until, time.monotonic() + ANSWER))
+            if answer is not None:
+                asked = False
+                worker.lines.append(line)
+                turn = understand(worker, lane, answer)
+                break
+            if time.monotonic() >= until or not worker.broker_beats():
+                struck = yield from strike(worker, line, lane)
+                asked = False
+                if struck is None:
+                    lane.owner = None
+                    worker.abandoned.append((line, lane))
+                    return Turn()
+                worker.lines.append(line)
+                turn = struck
+                break
+    except LineLost:
+        # The broker has ended, and writes to our lane no more: the table says what it granted.
+        asked = False
+        turn = granted(worker, lane)
+    except BaseException:
+        if asked:
+            lane.owner = None
+            give_up(worker, line, lane)
+        raise
+    if turn.lane is None:
+        hands.give(lane)
+    return turn
+
+
+def understand(worker: Worker, lane: Lane, answer: tuple[Message, int]) -> Turn:
+    """The broker's answer to a WAIT."""
+    message, fd = answer
+    if message.kind is Kind.GRANT:
+        return granted(worker, lane)._replace(fd=fd, baggage=message.body)
+    if message.kind is Kind.TOO_MANY:
+        worker.bump(R_REJECTED)
+        raise TooManyWaiting(f"max_waiting={message.number}: so many callers wait already")
+    return Turn(dial=message.kind is Kind.DIAL)
+
+
+def granted(worker: Worker, lane: Lane) -> Turn:
+    """Has a session been granted to our lane? The table is the truth; if so we hold it from now on."""
+    k = named(worker.words[lane.at])
+    if k < 0:
+        return Turn()
+    claims.accept(worker.words, lane, worker.slot(k))
+    return Turn(lane)
+
+
+def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
+    """Stop waiting: ask the broker to strike us. Its answer: an empty Turn, or what it had granted meanwhile; None: it is silent."""
+    line.send(Message(Kind.CANCEL))
+    until = time.monotonic() + ANSWER / 4
+    turn = Turn()
+    while True:
+        answer = yield Receive(line, until)
+        if answer is None:
+            return None
+        if answer[0].kind is Kind.STRUCK:
+            return turn
+        turn = understand(worker, lane, answer)
+
+
+def give_up(worker: Worker, line: Line, lane: Lane) -> None:
+    """An exception ended our waiting. Ask to be struck; the answer is read when this process next comes by."""
+    worker.abandoned.append((line, lane))
+    try:
+        line.send(Message(Kind.CANCEL))
+    except LineLost:
+        pass

@@ -1,0 +1,153 @@
+"""The keeper: a tiny process that only holds duplicates of sessions, so that a broker's death loses none of them.
+
+    python -m mppool.keeper SOCKET        started by a broker; not for users
+
+It holds what the broker puts, forgets what the broker drops, and gives all to the next broker. It ends when no broker is
+connected and no worker of the pools it has sessions of is alive. It holds the KEEPER byte of those pools' lock
+files, so that nobody takes the pools for abandoned.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+
+from mppool.errors import Error, ProtocolError
+from mppool.kernel import link
+from mppool.kernel.locks import LockFile
+from mppool.table import FIRST_ROW, KEEPER, ROWS, lock_path
+from mppool.wire import Kind, Message, decode, encode, pack_held, unpack_held
+
+__all__ = ["keeper_path", "main"]
+
+TICK = 0.5  # seconds
+ALONE = 2.0  # seconds a keeper that no broker has spoken to yet waits for one
+
+
+def keeper_path(broker: str) -> str:
+    return f"{broker}.keeper"
+
+
+class Keeper:
+    """Holds descriptors by (pool, slot). The newest connection is the broker; an older one is dead."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.listener = link.listen(path)
+        self.inode = os.stat(path).st_ino
+        self.broker: socket.socket | None = None
+        self.held: dict[tuple[str, int], tuple[Message, int]] = {}
+        self.locks: dict[str, LockFile] = {}
+        self.lonely = 0.0
+
+    def run(self) -> None:
+        while True:
+            waiting = [self.listener, *([self.broker] if self.broker else [])]
+            ready = select.select(waiting, [], [], TICK)[0]
+            if self.listener in ready:
+                self.accept()
+            if self.broker is not None and self.broker in ready:
+                self.serve(self.broker)
+            if self.is_done(bool(ready)):
+                return
+
+    def accept(self) -> None:
+        try:
+            sock, _ = self.listener.accept()
+        except OSError:
+            return
+        sock.setblocking(True)
+        if link.peer_uid(sock) not in (os.geteuid(), 0):
+            sock.close()
+            return
+        if self.broker is not None:
+            self.broker.close()
+        self.broker = sock
+
+    def serve(self, broker: socket.socket) -> None:
+        fd = -1
+        try:
+            data, fd = link.receive(broker)
+            if not data:
+                raise ConnectionError
+            self.received(broker, decode(data, 1 if fd >= 0 else 0), fd)
+        except (OSError, ProtocolError):
+            if fd >= 0 and all(fd != held for _, held in self.held.values()):
+                os.close(fd)
+            broker.close()
+            self.broker = None
+
+    def received(self, broker: socket.socket, message: Message, fd: int) -> None:
+        if message.kind is Kind.GIVE_ALL:
+            for held, duplicate in self.held.values():
+                link.send(broker, encode(held, 1), duplicate)
+            link.send(broker, encode(Message(Kind.SHOWN)))
+            return
+        ident, _ = unpack_held(message.body)
+        place = ident, message.number
+        if message.kind is Kind.PUT:
+            self.forget(place)
+            self.watch(ident)
+            self.held[place] = message, fd
+            link.send(broker, encode(Message(Kind.KEPT, message.number, message.serial, body=pack_held(ident, b""))))
+        elif message.kind is Kind.DROP and place in self.held and self.held[place][0].serial == message.serial:
+            self.forget(place)
+            if not any(pool == ident for pool, _ in self.held):
+                self.unwatch(ident)
+
+    def forget(self, place: tuple[str, int]) -> None:
+        if place in self.held:
+            os.close(self.held.pop(place)[1])
+
+    def watch(self, ident: str) -> None:
+        if ident not in self.locks:
+            try:
+                lock = LockFile(lock_path(ident), create=False)
+            except (OSError, Error):
+                return
+            lock.take(KEEPER)
+            self.locks[ident] = lock
+
+    def unwatch(self, ident: str) -> None:
+        lock = self.locks.pop(ident, None)
+        if lock is not None:
+            lock.close()
+
+    def is_done(self, active: bool) -> bool:
+        if self.broker is not None:
+            self.lonely = 0.0
+            return False
+        self.lonely += 0.0 if active else TICK
+        try:
+            replaced = os.stat(self.path).st_ino != self.inode
+        except FileNotFoundError:
+            replaced = True
+        needed = any(lock.is_held(FIRST_ROW, ROWS) for lock in self.locks.values())
+        return replaced or (not needed and (self.lonely >= ALONE or not active))
+
+    def close(self) -> None:
+        try:
+            if os.stat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+
+def main(path: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it outlives its broker; see the module's first lines for its own end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keeper = Keeper(path)
+    try:
+        os.write(1, b"ready\n")
+        os.close(1)
+        os.open(os.devnull, os.O_WRONLY)
+        keeper.run()
+    finally:
+        keeper.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

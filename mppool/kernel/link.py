@@ -1,0 +1,125 @@
+"""Messages with at most one descriptor each over Unix ``SOCK_SEQPACKET`` sockets.
+
+Own helpers on ``sendmsg``/``recvmsg``: ``socket.recv_fds`` ignores its flags, so what it receives is inheritable.
+A sent message proves nothing: whoever needs to know asks and waits for the answer.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import struct
+
+from mppool.errors import BrokerUnavailable, ProtocolError
+
+__all__ = ["MAX_MESSAGE", "MAX_PATH", "connect", "has_ended", "listen", "receive", "send", "shutdown", "wait_readable"]
+
+MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
+MAX_PATH = 107
+_ROOM = socket.CMSG_LEN(16 * 4)  # for more than the one we expect: extra descriptors are seen and closed, not lost
+_CREDENTIALS = struct.Struct("3i")
+
+
+def connect(path: str) -> socket.socket:
+    """A non-blocking connection to the socket at ``path``, whose owner is us or root.
+
+    Raises OSError if nobody listens (or its backlog is full: EAGAIN), BrokerUnavailable if it is another user's.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        try:
+            sock.connect(path)
+        except PermissionError as error:
+            raise BrokerUnavailable(f"broker={path!r}: this socket belongs to another user") from error
+        if (uid := peer_uid(sock)) not in (os.geteuid(), 0):
+            raise BrokerUnavailable(f"broker={path!r}: its broker runs as uid {uid}, we are {os.geteuid()}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(path: str) -> socket.socket:
+    """Listen at ``path``, mode 0600, replacing a socket that is there. Only the holder of the socket's lock may call this."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    making = f"{path}.new"
+    try:
+        if os.path.lexists(making):
+            os.unlink(making)
+        sock.bind(making)
+        os.chmod(making, 0o600)
+        sock.listen(1024)
+        os.rename(making, path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def peer_uid(sock: socket.socket) -> int:
+    return int(_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1])
+
+
+def send(sock: socket.socket, data: bytes, fd: int = -1) -> None:
+    """Send one message, with ``fd`` if given; the sender keeps its copy. BlockingIOError if the queue is full, OSError if the peer is gone."""
+    if fd < 0:
+        sock.send(data, socket.MSG_NOSIGNAL)
+    else:
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))], socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, int]:
+    """One message and its descriptor (-1 if none), which is the caller's. ``b""`` is the end.
+
+    Raises BlockingIOError if there is none yet, ProtocolError (every descriptor closed) if it was cut or carried more than one.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ROOM, socket.MSG_CMSG_CLOEXEC)
+    if not ancillary and not flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        return data, -1
+    fds = array.array("i")
+    for level, kind, raw in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("a descriptor was lost on its way: too few file descriptors allowed (RLIMIT_NOFILE)")
+        raise ProtocolError(f"a message with {len(fds)} descriptors, or longer than {MAX_MESSAGE} bytes")
+    return data, fds[0]
+
+
+def shutdown(fd: int, how: int) -> None:
+    """Shut a connection down for everybody who has a duplicate of ``fd``. The descriptor stays the caller's."""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass  # the server was faster
+    finally:
+        sock.detach()
+
+
+def has_ended(fd: int) -> bool:
+    """After ``shutdown(fd, SHUT_WR)``: has the server ended the connection too? Reads and drops what it still sends."""
+    sock = socket.socket(fileno=fd)
+    try:
+        for _ in range(64):
+            if not sock.recv(65536, socket.MSG_DONTWAIT):
+                return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        sock.detach()
+    return False
+
+
+def wait_readable(fd: int, seconds: float) -> bool:
+    """Wait for bytes, the end or an error. Signal handlers run meanwhile, and what they raise goes through."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+    return bool(poller.poll(max(0.0, seconds) * 1000))

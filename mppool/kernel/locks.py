@@ -1,0 +1,88 @@
+"""Byte locks that the kernel drops when their holder dies.
+
+Open-file-description locks (``F_OFD_SETLK``) on bytes of a lock file. They belong to the open file, so: open it in the
+process that uses it, never before a fork; a child that inherits the descriptor keeps the lock alive with its parent,
+exactly as it keeps the parent's TCP sockets alive, which is what "dead" must mean here. SIGKILL frees them, also while
+the holder is still a zombie; stopped processes keep them; they work across pid namespaces.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+from mppool.errors import Error
+
+__all__ = ["LockFile"]
+
+_FLOCK = struct.Struct("@hhqqi4x")
+
+
+def _flock(kind: int, first: int, count: int = 1) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, first, count, 0)
+
+
+class LockFile:
+    """An open lock file of this process. Owns its descriptor; ``close()`` gives up every lock taken through it.
+
+    Raises Error where the file belongs to somebody else: /dev/shm is a public directory.
+    """
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, path: str, *, create: bool = True) -> None:
+        """Open (and with ``create`` make) the file. FileNotFoundError if it is not there and must not be made."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            try:
+                fd = os.open(path, flags)
+            except FileNotFoundError:
+                if not create:
+                    raise
+                fd = os.open(path, flags | os.O_CREAT, 0o600)
+        except (PermissionError, OSError) as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP):
+                raise Error(f"{path} belongs to another user or is a link; it is not ours to use ({error.strerror})") from error
+            raise
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+            os.close(fd)
+            raise Error(f"{path} must be ours alone: owner {info.st_uid} mode {stat.S_IMODE(info.st_mode):o}, expected {os.geteuid()} 600")
+        self.fd = fd
+        self.path = path
+
+    def take(self, byte: int) -> bool:
+        """Take the lock of a byte if it is free. Never waits."""
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def give(self, byte: int) -> None:
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
+
+    def is_held(self, first: int, count: int = 1) -> bool:
+        """Does somebody else hold any of these bytes? (What this very object holds does not count.)"""
+        probe = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, first, count))
+        return int(_FLOCK.unpack(probe)[0]) != fcntl.F_UNLCK
+
+    def is_current(self) -> bool:
+        """Is this still the file at its path? A clean-up may have removed it between our opening and our locking."""
+        try:
+            there, ours = os.stat(self.path), os.fstat(self.fd)
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    @property
+    def inode(self) -> int:
+        return os.fstat(self.fd).st_ino
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)

@@ -1,0 +1,59 @@
+"""Where the broker's socket is, and whether the directory around it can be trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+
+from mppool.errors import Error, OptionError
+from mppool.kernel.link import MAX_PATH
+
+__all__ = ["check_directory", "pool_id", "scope_of", "socket_path"]
+
+
+def socket_path(broker: str | None) -> str:
+    """The path of the broker's socket: ``broker``, else ``$MPPOOL_BROKER``, else ``broker.sock`` in the user's runtime directory."""
+    path = broker or os.environ.get("MPPOOL_BROKER")
+    if not path:
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        path = f"{base}/mppool/broker.sock" if base else f"/tmp/mppool-{os.geteuid()}/broker.sock"
+    path = os.path.abspath(path)
+    if len(os.fsencode(path)) > MAX_PATH - len(".keeper.new"):
+        raise OptionError(f"broker={path!r}: a socket path may have at most {MAX_PATH - len('.keeper.new')} bytes")
+    return path
+
+
+def check_directory(path: str, *, create: bool = False) -> None:
+    """Raise Error unless the directory of ``path`` is a real directory, ours, and closed to everybody else.
+
+    Whoever may write there could put a socket of his own in the broker's place. With ``create`` it is made, mode 0700.
+    """
+    directory = os.path.dirname(path)
+    if create:
+        try:
+            os.mkdir(directory, 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise Error(f"broker={path!r}: cannot make the runtime directory {directory}: {error.strerror}") from error
+    try:
+        info = os.lstat(directory)
+    except FileNotFoundError as error:
+        raise Error(f"broker={path!r}: there is no directory {directory}") from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise Error(f"broker={path!r}: {directory} is not a directory (a symbolic link is refused too)")
+    if info.st_uid != os.geteuid():
+        raise Error(f"broker={path!r}: the directory {directory} belongs to uid {info.st_uid}, we are {os.geteuid()}")
+    if info.st_mode & 0o077:
+        raise Error(f"broker={path!r}: the directory {directory} is open to others (mode {stat.S_IMODE(info.st_mode):o}); chmod 700 it")
+
+
+def scope_of(path: str) -> str:
+    """Eight hex digits for all pools of one broker socket; pools of different sockets never meet."""
+    return hashlib.blake2b(f"{os.geteuid()}:{os.path.realpath(path)}".encode(), digest_size=4).hexdigest()
+
+
+def pool_id(path: str, name: str) -> str:
+    """The name of a pool in shared memory: ``mppool-`` + scope + name, hashed."""
+    return f"mppool-{scope_of(path)}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"

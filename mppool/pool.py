@@ -1,0 +1,369 @@
+"""``Pool``: what a worker's code uses. The common case in plain code; everything unusual is a story told elsewhere."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from time import monotonic_ns
+from types import TracebackType
+from typing import Any, TypeVar
+
+from mppool import claims
+from mppool.checkout import checkout
+from mppool.dialing import prewarm
+from mppool.drivers.base import Driver
+from mppool.drivers.closeable import CloseableDriver
+from mppool.drivers.raw import RawDriver
+from mppool.errors import Error, OptionError, PoolClosed
+from mppool.kernel import link
+from mppool.kernel.process import require_linux
+from mppool.kernel.runtime import socket_path
+from mppool.launch import ensure_broker
+from mppool.options import Options, check_name, check_timeout, default_name, parse_target
+from mppool.permits import check_max_size
+from mppool.returning import after_return, give_back
+from mppool.snapshot import snapshot
+from mppool.states import State
+from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
+from mppool.table import W_ATTENTION
+from mppool.worker import Worker, never
+
+__all__ = ["Lease", "Pool"]
+
+require_linux()
+IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)  # plain numbers: the fast path pays for an enum's
+T = TypeVar("T")
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+class Pool:
+    """One pool of connections, shared by every process of this user that declares the same name.
+
+    ``target`` is "tcp://host:port", ("host", port) or "unix:///path"; such a pool lends ``socket.socket`` objects. ``dial=`` takes a
+    function that makes anything with ``close()``: those sessions stay in the process that made them, capped over all.
+    ``driver=`` takes a Driver (see mppool.drivers.base). ``name`` defaults to what the target says.
+
+    The constructor does no I/O; ``open()``, ``with pool:`` or the first use does, in each process anew: a pool made
+    before a fork works in every child. Threads may share a pool. The other options are those of ``Options``; ``max_size`` and
+    the other numbers of the whole pool are those of whoever created it, and a worker that declares another value is warned.
+
+    Raises OptionError (a ValueError) that names the option and the value.
+    """
+
+    def __init__(
+        self,
+        target: object = None,
+        *,
+        max_size: int = 4,
+        name: str | None = None,
+        dial: Callable[[], Any] | None = None,
+        driver: Driver | None = None,
+        broker: str | None = None,
+        autostart: bool = False,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(set(options) - Options.names())
+        if unknown:
+            raise OptionError(f"{unknown[0]}={options[unknown[0]]!r}: there is no such option; there are {', '.join(sorted(Options.names()))}")
+        self.options = Options(max_size=max_size, **options)
+        if sum(given is not None for given in (dial, driver)) + (target is not None and driver is None) != 1:
+            raise OptionError(f"target={target!r}, dial={dial!r}, driver={driver!r}: expected a target, or dial=, or driver=")
+        if driver is not None:
+            self._driver, self.target = driver, str(target) if target is not None else ""
+        elif dial is not None:
+            if not callable(dial):
+                raise OptionError(f"dial={dial!r}: expected a function without arguments")
+            self._driver, self.target = CloseableDriver(dial), ""
+        else:
+            where = parse_target(target)
+            self._driver, self.target = RawDriver(where, self.options.connect_timeout), str(where)
+            name = name if name is not None else default_name(where)
+        if name is None:
+            raise OptionError("name=None: a pool without a target needs a name; workers that give the same share it")
+        self.name = check_name(name)
+        self.broker = socket_path(broker)
+        self.autostart = bool(autostart)
+        self._worker: Worker | None = None
+        self._leaving: Worker | None = None  # closed, but some sessions are still lent
+        self._opening = threading.Lock()
+        self._closed = False
+        _pools.add(self)
+
+    # Sessions.
+
+    def getconn(self, timeout: float | None = None) -> Any:
+        """Lend a session; ``putconn`` gives it back. ``timeout`` in seconds, default: the pool's.
+
+        Raises PoolTimeout, TooManyWaiting, DialFailed, BrokerUnavailable or PoolClosed; then nothing is lent.
+        """
+        worker = self._worker
+        if worker is None or not worker.guard[0]:
+            worker = self._enter()
+        words = worker.words
+        lane = entry = None
+        if not words[W_ATTENTION]:
+            try:
+                entry = worker.ready.pop()
+                slot, lane = entry.slot, entry.lane
+                uses = claims.claim(words, lane, slot)
+                if not uses:
+                    worker.spare_lane(entry)
+                    lane = None
+                elif (uses == entry.uses + 1 or words[worker.generation_at + slot.k] == entry.generation) and not entry.poll(0):
+                    now = monotonic_ns()
+                    if now < words[slot.expires_at]:
+                        entry.uses = uses
+                        worker.mem[slot.state_at] = IN_USE
+                        words[slot.since_at] = now
+                        conn = entry.conn
+                        worker.leases[id(conn)] = entry
+                        return conn
+            except IndexError:
+                pass  # no idle session here
+            except BaseException:
+                if entry is not None:
+                    worker.interrupted(entry)
+                raise
+        return perform(worker, checkout(worker, check_timeout(timeout, self.options.timeout), lane, entry))
+
+    def putconn(self, conn: Any, *, discard: bool = False) -> None:
+        """Give a lent session back; with ``discard`` it is closed. Raises Error if it is not lent (any more)."""
+        worker = self._worker or self._leaving
+        if worker is None or not worker.guard[0]:
+            raise self._not_lent(conn)
+        entry = worker.leases.pop(id(conn), None)
+        if entry is None:
+            raise self._not_lent(conn)
+        if worker.returns_plainly(conn) and not discard:
+            words, slot = worker.words, entry.slot
+            try:
+                worker.mem[slot.state_at] = IDLE
+                claims.release(words, entry.lane, slot)
+                worker.idle.append(entry)
+            except BaseException:
+                if entry not in worker.idle:
+                    worker.settle(entry.lane)
+                raise
+            if words[W_ATTENTION]:
+                perform(worker, after_return(worker))
+        else:
+            self._put_slowly(worker, entry, discard)
+
+    def _put_slowly(self, worker: Worker, entry: Any, discard: bool) -> None:
+        if entry.lent is not entry.conn:  # debug: the user's duplicate ends with the lease
+            discard = discard or entry.lent.fileno() < 0
+            entry.lent.close()
+            entry.lent = entry.conn
+        perform(worker, give_back(worker, entry, discarded=discard))
+        if self._leaving is worker and not worker.leases:
+            self._leave(worker)
+
+    def _not_lent(self, conn: Any) -> Error:
+        return Error(f"{conn!r} is not lent by pool {self.name!r} in this process: returned already, or lent before a fork or by another pool")
+
+    def connection(self, timeout: float | None = None) -> Lease:
+        """``with pool.connection() as conn:`` lends a session for the block; an exception in it discards the session."""
+        return Lease(self, timeout)
+
+    # The pool.
+
+    def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+        """Attach this process to the pool and dial until ``min_size`` sessions are there. Done by the first use, too.
+
+        With ``wait`` it is an error (PoolTimeout) if they cannot be had within ``timeout`` seconds.
+        """
+        worker = self._enter()
+        if wait:
+            until = time.monotonic() + timeout
+            while worker.permits.held() < self.options.min_size:
+                if time.monotonic() > until:
+                    raise Error(f"pool {self.name!r}: min_size={self.options.min_size} sessions were not to be had within {timeout:g} s")
+                perform(worker, prewarm(worker))
+                time.sleep(0.01)
+
+    def close(self) -> None:
+        """This process uses the pool no more: idle sessions go on in others, and what is still lent is closed at its return.
+
+        Does not end the pool for other workers. May be repeated.
+        """
+        with self._opening:
+            self._closed = True
+            worker, self._worker = self._worker, None
+        if worker is not None and worker.guard[0]:
+            worker.returns_plainly = never
+            self._leaving = worker
+            if not worker.leases:
+                self._leave(worker)
+
+    def resize(self, max_size: int) -> None:
+        """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle."""
+        worker = self._enter()
+        check_max_size(worker.table, max_size)
+        with worker.permits.entered():
+            worker.permits.resize(max_size)
+        worker.look()
+
+    def get_stats(self) -> dict[str, Any]:
+        """What the pool is doing, over all workers: see ``mppool.snapshot.snapshot``. Counters never go back."""
+        worker = self._enter()
+        return snapshot(worker.table, worker.lock, worker.row)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __enter__(self) -> Pool:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        worker = self._worker
+        if worker is None or worker.closed or not worker.guard[0]:
+            return f"<Pool {self.name!r} {'closed' if self._closed else 'not open'}>"
+        stats = snapshot(worker.table)
+        return (
+            f"<Pool {self.name!r} {len(worker.leases)} in use, {len(worker.idle)} idle, {worker.waiting} waiting"
+            f" | host {stats['in_use']} in use, {stats['idle']} idle, {stats['size']}/{stats['max_size']}>"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Spawned processes get the options, and open the pool by its name."""
+        return _rebuild, (self.name, self.target, self._driver, self.options, self.broker, self.autostart)
+
+    # This process.
+
+    def _enter(self) -> Worker:
+        """This process's part in the pool, made at its first use."""
+        with self._opening:
+            if self._closed:
+                raise PoolClosed(f"pool {self.name!r} is closed")
+            worker = self._worker
+            if worker is not None and not worker.guard[0]:
+                worker.forked()  # by C code that ran no hooks
+                worker = self._worker = None
+            if worker is None:
+                if self.autostart:
+                    ensure_broker(self.broker)
+                worker = Worker(self.name, self.target, self._driver, self.options, self.broker)
+                self._worker = worker
+            else:
+                return worker
+        if self.options.min_size:
+            perform(worker, prewarm(worker))
+        return worker
+
+    def _leave(self, worker: Worker) -> None:
+        self._leaving = None
+        worker.leave()
+
+    def _after_fork(self) -> None:
+        self._opening = threading.Lock()
+        for worker in (self._worker, self._leaving):
+            if worker is not None:
+                worker.forked()
+        self._worker = self._leaving = None
+
+
+class Lease:
+    """A session for a ``with`` block."""
+
+    __slots__ = ("_conn", "_pool", "_timeout", "_worker")
+
+    def __init__(self, pool: Pool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+
+    def __enter__(self) -> Any:
+        self._conn = self._pool.getconn(self._timeout)
+        self._worker = self._pool._worker or self._pool._leaving
+        return self._conn
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        worker = self._worker
+        if worker is None or not worker.guard[0]:
+            return  # forked inside the block: the lease is the parent's
+        if kind is None or id(self._conn) in worker.leases:  # else it was given back within the block, before the exception
+            self._pool.putconn(self._conn, discard=kind is not None)
+
+
+def perform(worker: Worker, story: Story[T]) -> T:
+    """Tell a story with blocking I/O: do what it asks for, send it the answer or throw in what was raised."""
+    answer: Any = None
+    try:
+        request = story.send(None)
+        while True:
+            try:
+                answer = do(worker, request)
+            except BaseException as error:
+                request = story.throw(error)
+            else:
+                request = story.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def do(worker: Worker, request: Request) -> Any:
+    if isinstance(request, Receive):
+        return receive(request)
+    if isinstance(request, Pause):
+        return time.sleep(request.seconds)
+    if isinstance(request, Dial):
+        return worker.driver.dial()
+    if isinstance(request, Attach):
+        return worker.driver.attach(request.fd, request.baggage)
+    if isinstance(request, Call):
+        return request.function(request.session)
+    if isinstance(request, Close):
+        return worker.driver.close(request.session)
+    return ended(request)
+
+
+def receive(request: Receive) -> Any:
+    while True:
+        answer = request.line.receive()
+        if answer is not None:
+            return answer
+        left = request.until - time.monotonic()
+        if left <= 0:
+            return None
+        link.wait_readable(request.line.sock.fileno(), left)
+
+
+def ended(request: Ended) -> bool:
+    until = time.monotonic() + request.seconds
+    while not link.has_ended(request.fd):
+        left = until - time.monotonic()
+        if left <= 0:
+            return False
+        link.wait_readable(request.fd, left)
+    return True
+
+
+def _rebuild(name: str, target: str, driver: Driver, options: Options, broker: str, autostart: bool) -> Pool:
+    pool = Pool(target or None, driver=driver, name=name, max_size=options.max_size, broker=broker, autostart=autostart)
+    pool.options = options
+    return pool
+
+
+def _leave_all() -> None:
+    """At the interpreter's exit: what is still lent ends with the process."""
+    for pool in list(_pools):
+        pool.close()
+        if pool._leaving is not None and pool._leaving.guard[0]:
+            pool._leave(pool._leaving)
+
+
+def _forked() -> None:
+    for pool in list(_pools):
+        pool._after_fork()
+
+
+atexit.register(_leave_all)
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,123 @@
+"""The way back: a lease ends, a session becomes idle again or is closed, a permit goes back."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from mppool import claims
+from mppool.claims import Lane
+from mppool.conversation import connect
+from mppool.kernel import link
+from mppool.reclaim import free_slot
+from mppool.states import CloseReason, State
+from mppool.story import Call, Close, Ended, Pause, Story
+from mppool.table import H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
+from mppool.worker import Entry, Hands, Worker
+
+__all__ = ["SPIN", "after_return", "discard", "free", "give_back"]
+
+SPIN = 0.0002  # seconds between two tries at the dial lock; its sections take microseconds
+
+
+def give_back(worker: Worker, entry: Entry, *, discarded: bool) -> Story[None]:
+    """A lease has ended. Clean: idle again, for anybody. Else closed, with the reason; any doubt is one."""
+    hands = Hands(worker)
+    lane = entry.lane
+    assert lane is not None
+    try:
+        hands.take(lane)
+        entry.lane = None
+        reason = CloseReason.discarded if discarded else (yield from why_not_reusable(worker, entry))
+        if reason is not None:
+            yield from discard(hands, lane, entry, reason)
+        else:
+            worker.mem[entry.slot.state_at] = State.IDLE
+            claims.release(worker.words, lane, entry.slot)
+            worker.keep(entry, lane)
+    except BaseException:
+        hands.settle()
+        raise
+    yield from after_return(worker)
+
+
+def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
+    if worker.options.reset is not None:
+        try:
+            yield Call(worker.options.reset, entry.conn)
+        except Exception:
+            return CloseReason.reset_failed
+    if not worker.driver.is_clean(entry.conn):
+        return CloseReason.discarded
+    if worker.driver.fileno(entry.conn) < 0 and worker.must_queue():
+        return CloseReason.evicted_for_other  # nobody can end it from outside, and somebody waits
+    return None
+
+
+def after_return(worker: Worker) -> Story[None]:
+    """A session became idle: somebody may be waiting for it, or the pool may have more than it should."""
+    if worker.table.halves[H_FLAGS] & SHRINKING:
+        yield from shed(worker)
+    if not worker.must_queue():
+        return
+    if not worker.lines:
+        line = yield from connect(worker)
+        if line is not None:
+            worker.lines.append(line)
+    worker.look()
+
+
+def shed(worker: Worker) -> Story[None]:
+    """Pay the debt of a shrink with our idle sessions. (Those of others go when they come back, or through the broker.)"""
+    hands = Hands(worker)
+    try:
+        while worker.idle and worker.table.halves[H_FLAGS] & SHRINKING:
+            entry = worker.idle.pop()
+            worker.spare_lane(entry)
+            lane = hands.take()
+            if not hands.claim(lane, entry.slot):
+                hands.give(lane)
+            elif worker.attached(entry.slot.k) is not entry:
+                claims.release(worker.words, lane, entry.slot)
+                hands.give(lane)
+            else:
+                yield from discard(hands, lane, entry, CloseReason.drained)
+    except BaseException:
+        hands.settle()
+        raise
+
+
+def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Story[None]:
+    """Close a session that we hold, and give its permit back when the server has ended it too, or ``close_timeout`` is over."""
+    worker = hands.worker
+    worker.table.move(entry.slot.k, State.CLOSING)
+    fd = worker.driver.fileno(entry.conn)
+    fd = os.dup(fd) if fd >= 0 else -1
+    try:
+        yield Close(entry.conn)
+        worker.forget(entry)
+        if fd >= 0:
+            link.shutdown(fd, socket.SHUT_WR)
+            yield Ended(fd, worker.words[W_CLOSE_TIMEOUT] / 1e9)
+    finally:
+        if fd >= 0:
+            link.shutdown(fd, socket.SHUT_RDWR)
+            os.close(fd)
+    yield from free(hands, lane, reason)
+
+
+def free(hands: Hands, lane: Lane, reason: CloseReason | None) -> Story[None]:
+    """The connection of the slot that ``lane`` holds is closed: permit, slot, token and lane go back."""
+    worker = hands.worker
+    slot = worker.slot(claims.named(worker.words[lane.at]))
+    while True:
+        with worker.permits.section() as inside:
+            if inside:
+                free_slot(worker.table, worker.permits, worker.row, slot.k)
+                claims.release(worker.words, lane, slot)
+                break
+        yield Pause(SPIN)
+    hands.give(lane)
+    if reason is not None:
+        worker.bump(R_CLOSED + reason)
+    worker.look()

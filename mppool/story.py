@@ -1,0 +1,73 @@
+"""How a story asks for I/O.
+
+Checkout, return and all that belongs to them are told once, as generators (checkout.py, conversation.py). They decide;
+where they need the outside world they yield one of these requests. ``Pool`` performs them by blocking, ``AsyncPool`` by
+awaiting; both send the answer in, or throw what was raised. A story that is interrupted puts right what it took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+if TYPE_CHECKING:
+    from mppool.worker import Line
+
+__all__ = ["Attach", "Call", "Dial", "Ended", "Pause", "Receive", "Request", "Story"]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Open a new session with the driver; answer: the session."""
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Make a session of a descriptor and its baggage; answer: the session. Owns the descriptor, also when it fails."""
+
+    fd: int
+    baggage: bytes
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call one of the user's hooks with a session; answer: what it returned."""
+
+    function: Callable[[Any], object]
+    session: Any
+
+
+@dataclass(frozen=True)
+class Close:
+    """Let the driver end a session; answer: nothing."""
+
+    session: Any
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Wait for the next message on a line until a moment of the monotonic clock; answer: (message, fd), or None. Raises LineLost."""
+
+    line: Line
+    until: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Wait up to so many seconds until the server ended a connection whose sending side is shut down; answer: did it?"""
+
+    fd: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Do nothing for so many seconds."""
+
+    seconds: float
+
+
+Request = Union[Dial, Attach, Call, Close, Receive, Ended, Pause]
+T = TypeVar("T")
+Story = Generator[Request, Any, T]

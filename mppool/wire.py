@@ -1,0 +1,105 @@
+"""What worker, broker and keeper say to each other, as bytes. No I/O here; both roles in one place.
+
+A link carries one conversation at a time, so an answer needs no number: a worker that wants two things at once opens two
+links. A message is a fixed head and, for some, a body of bytes (a session's baggage, or a sentence for humans):
+
+    HELLO     worker -> broker    pool (body), row, incarnation           answered WELCOME or REFUSED
+    SHARE     worker -> broker    slot, generation, baggage + descriptor  a duplicate of a session, so that others can attach
+    SHOWN     worker -> broker    everything this process has was shared
+    FETCH     worker -> broker    slot, generation                        answered SESSION + descriptor, or GONE
+    WAIT      worker -> broker    lane, FRONT if it was first before      answered, when its turn comes, GRANT or DIAL; or TOO_MANY
+    CANCEL    worker -> broker    strike my WAIT                          answered STRUCK, after GRANT or DIAL if that was on its way
+    LOOK      worker -> broker    something became free
+    PUT       broker -> keeper    pool, slot, generation + descriptor     answered KEPT
+    DROP      broker -> keeper    pool, slot, generation
+    GIVE_ALL  broker -> keeper                                            answered with a PUT a session, then SHOWN
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from mppool.errors import ProtocolError
+from mppool.kernel.link import MAX_MESSAGE
+from mppool.options import MAX_SLOTS
+
+__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "decode", "encode", "pack_held", "unpack_held"]
+
+WIRE_VERSION = 1
+MAX_BAGGAGE = 64 * 1024
+
+FRONT = 1  # flag of WAIT
+RESIDENT = 2  # flag of SHARE and PUT: the session cannot move, the duplicate is there to end it
+
+_HEAD = struct.Struct("<BBBBIQ")  # version, kind, flags, descriptors, slot or lane or row, generation or incarnation
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    REFUSED = 3
+    SHARE = 4
+    SHOWN = 5
+    FETCH = 6
+    SESSION = 7
+    GONE = 8
+    WAIT = 9
+    GRANT = 10
+    DIAL = 11
+    TOO_MANY = 12
+    CANCEL = 13
+    STRUCK = 14
+    LOOK = 15
+    PUT = 16
+    KEPT = 17
+    DROP = 18
+    GIVE_ALL = 19
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+_WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.SESSION, Kind.PUT})
+_MAY_HAVE_DESCRIPTOR = _WITH_DESCRIPTOR | {Kind.GRANT}
+
+
+class Message(NamedTuple):
+    kind: Kind
+    number: int = 0  # of a slot, lane or row
+    serial: int = 0  # a generation, an incarnation or an epoch
+    flags: int = 0
+    body: bytes = b""
+
+
+def encode(message: Message, descriptors: int = 0) -> bytes:
+    kind, number, serial, flags, body = message
+    return _HEAD.pack(WIRE_VERSION, kind, flags, descriptors, number, serial) + body
+
+
+def decode(data: bytes, descriptors: int) -> Message:
+    """The message in ``data``, which came with so many descriptors. Raises ProtocolError for anything out of bounds."""
+    if not _HEAD.size <= len(data) <= MAX_MESSAGE:
+        raise ProtocolError(f"a message of {len(data)} bytes")
+    version, number_of_kind, flags, announced, number, serial = _HEAD.unpack_from(data)
+    if version != WIRE_VERSION:
+        raise ProtocolError(f"a message of wire version {version}, this mppool speaks {WIRE_VERSION}")
+    kind = _KINDS.get(number_of_kind)
+    if kind is None:
+        raise ProtocolError(f"a message of unknown kind {number_of_kind}")
+    if announced != descriptors or (descriptors and kind not in _MAY_HAVE_DESCRIPTOR) or (not descriptors and kind in _WITH_DESCRIPTOR):
+        raise ProtocolError(f"{kind.name} announced {announced} descriptors and came with {descriptors}")
+    if number > MAX_SLOTS * 4:
+        raise ProtocolError(f"{kind.name} names place {number}")
+    return Message(kind, number, serial, flags, data[_HEAD.size :])
+
+
+def pack_held(ident: str, baggage: bytes) -> bytes:
+    """The body of PUT and DROP: which pool, and the baggage."""
+    name = ident.encode()
+    return bytes([len(name)]) + name + baggage
+
+
+def unpack_held(body: bytes) -> tuple[str, bytes]:
+    if not body or len(body) < 1 + body[0]:
+        raise ProtocolError("a held session without the name of its pool")
+    return body[1 : 1 + body[0]].decode(errors="replace"), body[1 + body[0] :]

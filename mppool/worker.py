@@ -1,0 +1,453 @@
+"""What one process has of a pool: its row and lanes, the sessions it has attached, its links to the broker.
+
+A ``Worker`` is made at a process's first use of a pool and forgotten, not closed, in a forked child. It holds
+descriptors, memory and locks; what happens to them in which order is told in checkout.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mppool import claims
+from mppool.claims import Lane, Slot, named
+from mppool.drivers.base import Driver
+from mppool.errors import Error, ProtocolError
+from mppool.kernel import link
+from mppool.kernel.process import ForkGuard, check_descriptors
+from mppool.kernel.runtime import pool_id
+from mppool.options import Options
+from mppool.permits import Permits
+from mppool.reclaim import Reclaimer, free_slot
+from mppool.snapshot import wait_bucket
+from mppool.states import CloseReason, State
+from mppool.table import (
+    H_WAITERS,
+    R_BUCKETS,
+    R_CACHED,
+    R_CLOSED,
+    R_UNLENT,
+    R_WAITING,
+    W_BEAT,
+    Row,
+    Table,
+    attach_or_create,
+    creation_lock,
+    is_in_use,
+    remove_names,
+)
+from mppool.wire import Kind, Message, decode, encode
+
+__all__ = ["Entry", "Hands", "Line", "LineLost", "Worker"]
+
+log = logging.getLogger("mppool")
+
+_WORD = (1 << 64) - 1
+SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
+
+
+class LineLost(Exception):
+    """The broker has gone, or has closed this link."""
+
+
+class Line:
+    """One link to the broker, used for one conversation at a time. Owns its socket."""
+
+    __slots__ = ("epoch", "sock")
+
+    def __init__(self, path: str) -> None:
+        self.sock = link.connect(path)
+        self.epoch = 0
+
+    def send(self, message: Message, fd: int = -1) -> None:
+        """Raises LineLost if the broker is gone or so far behind that its queue is full."""
+        try:
+            link.send(self.sock, encode(message, 1 if fd >= 0 else 0), fd)
+        except OSError as error:
+            self.close()
+            raise LineLost from error
+
+    def receive(self) -> tuple[Message, int] | None:
+        """The next message and its descriptor (-1: none; else the caller's), None if there is none yet. Raises LineLost."""
+        fd = -1
+        try:
+            data, fd = link.receive(self.sock)
+            if not data:
+                raise LineLost
+            return decode(data, 1 if fd >= 0 else 0), fd
+        except BlockingIOError:
+            return None
+        except (OSError, ProtocolError, LineLost) as error:
+            if fd >= 0:
+                os.close(fd)
+            self.close()
+            if isinstance(error, ProtocolError):
+                log.error("link to the broker closed: %s", error)
+            raise LineLost from error
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Entry:
+    """A session attached in this process: the driver's object and how to look at its socket."""
+
+    __slots__ = ("conn", "generation", "lane", "lent", "poll", "slot", "uses")
+
+    def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.uses = uses  # when we last had it; unchanged means that nobody had it since
+        self.conn = conn
+        self.lane: Lane | None = None  # the one it is lent through, or kept ready with in the local idle list
+        self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
+        if fd >= 0:
+            poller = _poll()
+            poller.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+            self.poll: Callable[[int], list[tuple[int, int]]] = poller.poll
+        else:
+            self.poll = _nothing
+
+
+def _poll() -> Any:
+    """``select.poll`` itself, also where gevent has put its own in its place: with a timeout of 0 it never waits."""
+    if "gevent.monkey" in sys.modules:
+        return sys.modules["gevent.monkey"].get_original("select", "poll")()
+    return select.poll()
+
+
+def never(_session: Any) -> bool:
+    return False
+
+
+def _nothing(_timeout: int) -> list[tuple[int, int]]:
+    return []
+
+
+class Hands:
+    """What a story in progress holds: the lanes it took and has not given back. One handler, at the story's top, settles them."""
+
+    __slots__ = ("taken", "worker")
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.taken: list[Lane] = []
+
+    def take(self, lane: Lane | None = None) -> Lane:
+        """A free lane, or one that a lease gives up. Error if this process uses all it has."""
+        if lane is None:
+            try:
+                lane = self.worker.lanes.pop()
+            except IndexError:
+                raise Error(f"all {self.worker.table.slots} lanes of this process are in use") from None
+        lane.owner = self
+        self.taken.append(lane)
+        return lane
+
+    def claim(self, lane: Lane, slot: Slot) -> bool:
+        if not claims.claim(self.worker.words, lane, slot):
+            return False
+        self.worker.bump(R_UNLENT)  # until it is lent
+        return True
+
+    def give(self, lane: Lane) -> None:
+        """The lane is empty, and free for other stories."""
+        lane.owner = None
+        self.worker.lanes.append(lane)
+
+    def settle(self) -> None:
+        """After an interruption: every lane that is still ours."""
+        for lane in self.taken:
+            if lane.owner is self:
+                lane.owner = None
+                self.worker.settle(lane)
+
+
+class Worker:
+    """One process's part in one pool. Everything here is this process's own, or shared memory."""
+
+    def __init__(self, name: str, target: str, driver: Driver, options: Options, path: str) -> None:
+        """Attach to the pool, made if it is not there, and take a row. Raises ConfigMismatch, Error; leaves nothing behind if it does."""
+        check_descriptors(options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
+        self.guard = ForkGuard().page
+        self.driver = driver
+        self.options = options
+        self.path = path
+        self.ident = pool_id(path, name)
+        with creation_lock(self.ident) as self.lock:
+            self.table, differences = attach_or_create(
+                self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path
+            )
+            self.row = Row(self.table, self.lock, os.getpid())
+        for difference in differences:
+            log.warning("pool %r: %s", name, difference)
+        table = self.table
+        self.words = table.words
+        self.mem = table.mem
+        self.permits = Permits(table, self.lock)
+        self.slots: list[Slot | None] = [None] * table.slots
+        self.lanes: deque[Lane] = deque(Lane(self.row, index) for index in range(table.lanes))
+        self.entries: dict[int, Entry] = {}
+        self.idle: deque[Entry] = deque()
+        self.leases: dict[int, Entry] = {}
+        self.lines: deque[Line] = deque()
+        self.abandoned: deque[tuple[Line, Lane]] = deque()
+        self.unfinished: deque[Lane] = deque()
+        self.limbo: deque[Lane] = deque()
+        self.generation_at = table.generation
+        # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
+        self.ready = self.idle if options.check is None and not options.debug else deque[Entry]()
+        self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
+        self.waiting = 0
+        self.shown_epoch = 0
+        self.next_try = 0.0  # when to look for a broker again
+        self.last_dial_error: BaseException | None = None
+        self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
+        self.reclaiming = threading.Lock()
+        self.closed = False
+
+    def slot(self, k: int) -> Slot:
+        slot = self.slots[k]
+        if slot is None:
+            slot = self.slots[k] = Slot(self.table, k)
+        return slot
+
+    # Attached sessions.
+
+    def attached(self, k: int) -> Entry | None:
+        """Our entry for the session in slot k, if we have it; an older session's entry is let go."""
+        entry = self.entries.get(k)
+        if entry is not None and entry.generation != self.words[self.generation_at + k]:
+            self.forget(entry)
+            return None
+        return entry
+
+    def attach(self, k: int, conn: Any) -> Entry:
+        """Keep a session that we hold, as dialed or fetched."""
+        entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
+        self.entries[k] = entry
+        return entry
+
+    def forget(self, entry: Entry) -> None:
+        """Let go of our duplicate of a session that has ended, or goes on without us."""
+        if self.entries.get(entry.slot.k) is entry:
+            del self.entries[entry.slot.k]
+        self.unlist(entry)
+        self.driver.abort(entry.conn)
+
+    def lend(self, lane: Lane, entry: Entry) -> Any:
+        """The session that ``lane`` holds goes to the user; from here on the lease owns the lane."""
+        mem, words, slot = self.mem, self.words, entry.slot
+        mem[slot.state_at] = State.IN_USE
+        words[slot.since_at] = time.monotonic_ns()
+        entry.uses = words[slot.uses_at]
+        entry.lane = lane
+        entry.lent = entry.conn.dup() if self.options.debug and isinstance(entry.conn, socket.socket) else entry.conn
+        self.bump(R_UNLENT, -1)
+        self.leases[id(entry.lent)] = entry
+        lane.owner = None
+        return entry.lent
+
+    def keep(self, entry: Entry, lane: Lane) -> None:
+        """An idle session of ours, newest first, with an empty lane ready for it."""
+        entry.lane = lane
+        lane.owner = None
+        self.idle.append(entry)
+        self.words[self.row.at + R_CACHED] = len(self.idle)
+
+    def unlist(self, entry: Entry) -> None:
+        """Take a session out of the local idle list, if it is there."""
+        try:
+            self.idle.remove(entry)
+        except ValueError:
+            return  # another thread has it in hand
+        self.spare_lane(entry)
+
+    def spare_lane(self, entry: Entry) -> None:
+        """The lane kept ready for a session that is no longer listed is free."""
+        lane, entry.lane = entry.lane, None
+        if lane is not None:
+            self.lanes.append(lane)
+
+    def interrupted(self, entry: Entry) -> None:
+        """The fast path of a checkout was interrupted, with this session from the local idle list in hand."""
+        self.leases.pop(id(entry.lent), None)
+        lane = entry.lane
+        if lane is None:
+            return
+        entry.lane = None
+        if lane.sure:  # ours, and nobody has touched it
+            self.mem[entry.slot.state_at] = State.IDLE
+            claims.release(self.words, lane, entry.slot)
+            self.keep(entry, lane)
+        else:
+            self.settle(lane)
+
+    # Lanes.
+
+    def settle(self, lane: Lane) -> None:
+        """Whatever an interrupted story left of its lane. What we surely hold is closed; what we may hold, the reclaimer finds out."""
+        k = named(self.words[lane.at])
+        if k < 0:
+            lane.sure = False
+            self.lanes.append(lane)
+            return
+        entry = self.attached(k)
+        unshared = self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1
+        if entry is not None and (lane.sure or unshared):
+            self.leases.pop(id(entry.lent), None)
+            self.sever(entry)
+        if lane.sure:
+            if self.table.state(k) is not State.FREE:
+                self.table.move(k, State.CLOSING)
+            self.unfinished.append(lane)
+            self.finish()
+        else:
+            claims.disown(self.words, lane, self.slot(k))
+            self.limbo.append(lane)
+            self.look()
+
+    def sever(self, entry: Entry) -> None:
+        """End the connection for everybody who has it, now."""
+        fd = self.driver.fileno(entry.conn)
+        if fd >= 0:
+            link.shutdown(fd, socket.SHUT_RDWR)
+        self.forget(entry)
+
+    def finish(self) -> None:
+        """Bring closes to their end whose connections are shut down already, as far as the dial lock is free just now."""
+        while self.unfinished:
+            with self.permits.section() as inside:
+                if not inside:
+                    return
+                lane = self.unfinished.popleft()
+                slot = self.slot(named(self.words[lane.at]))
+                free_slot(self.table, self.permits, self.row, slot.k)
+                claims.release(self.words, lane, slot)
+            self.bump(R_CLOSED + CloseReason.discarded)
+            self.lanes.append(lane)
+            self.look()
+
+    def tidy(self) -> None:
+        """What earlier interruptions left, as far as it can be settled now."""
+        self.finish()
+        self.settle_abandoned()
+        for _ in range(len(self.limbo)):
+            lane = self.limbo.popleft()
+            if self.words[lane.at]:
+                self.limbo.append(lane)
+            else:
+                self.lanes.append(lane)
+
+    # The broker.
+
+    def broker_beats(self) -> bool:
+        """Has a broker shown a sign of life within the last second? (A stopped one counts as absent.)"""
+        beat = self.words[W_BEAT]
+        return bool(beat) and time.monotonic_ns() - beat < SILENT
+
+    def must_queue(self) -> bool:
+        """Is somebody waiting before us? The word means nothing without a broker."""
+        return bool(self.table.halves[H_WAITERS]) and self.broker_beats()
+
+    def look(self) -> None:
+        """Tell the broker that something became free, if somebody waits for it. Never raises, never waits."""
+        if not self.table.halves[H_WAITERS]:
+            return
+        while self.lines:
+            try:
+                line = self.lines.pop()
+            except IndexError:
+                return
+            try:
+                line.send(Message(Kind.LOOK))
+            except LineLost:
+                continue
+            self.lines.append(line)
+            return
+        # Without a line the broker finds it at its next tick; the next story of this process opens one.
+
+    def settle_abandoned(self) -> None:
+        """Lanes we stopped waiting with while the broker was silent: has it struck them, or granted something meanwhile?"""
+        for _ in range(len(self.abandoned)):
+            line, lane = self.abandoned.popleft()
+            try:
+                while True:
+                    answer = line.receive()
+                    if answer is None:
+                        self.abandoned.append((line, lane))
+                        break
+                    if answer[1] >= 0:
+                        os.close(answer[1])
+                    if answer[0].kind is Kind.STRUCK:
+                        self.refuse_grant(lane)
+                        self.lines.append(line)
+                        break
+            except LineLost:
+                self.refuse_grant(lane)
+
+    def refuse_grant(self, lane: Lane) -> None:
+        """We wait no more, and nobody will write to this lane again. A session granted to it goes back as it is."""
+        word = self.words[lane.at]
+        k = named(word)
+        if k >= 0:
+            slot = self.slot(k)
+            claims.accept(self.words, lane, slot)
+            self.mem[slot.state_at] = State.IDLE
+            claims.release(self.words, lane, slot)
+        self.lanes.append(lane)
+        self.look()
+
+    # Counting.
+
+    def bump(self, counter: int, by: int = 1) -> None:
+        at = self.row.at + counter
+        self.words[at] = (self.words[at] + by) & _WORD
+
+    def wait_begins(self, by: int) -> None:
+        self.waiting += by
+        self.words[self.row.at + R_WAITING] = max(0, self.waiting)
+
+    def waited(self, seconds: float) -> None:
+        self.bump(R_BUCKETS + wait_bucket(seconds))
+
+    # The end.
+
+    def forked(self) -> None:
+        """In a child: everything here is the parent's. Close the child's descriptors without a word to anybody."""
+        for line in [*self.lines, *(line for line, _ in self.abandoned)]:
+            line.close()
+        for entry in list(self.entries.values()):
+            self.driver.abort(entry.conn)
+        self.lock.close()
+        self.closed = True
+
+    def leave(self) -> None:
+        """Give up the row; the last one out, where no broker is, removes the pool's names. Leases were returned before."""
+        if self.closed:
+            return
+        self.closed = True
+        for line in [*self.lines, *(line for line, _ in self.abandoned)]:
+            line.close()
+        for k, entry in list(self.entries.items()):
+            others_may_have_it = self.words[self.table.spread + k] or entry.generation != self.words[self.generation_at + k]
+            (self.driver.abort if others_may_have_it else self.driver.close)(entry.conn)
+        self.entries.clear()
+        self.idle.clear()
+        self.lock.close()
+        try:
+            with creation_lock(self.ident, create=False, timeout=1.0) as lock:
+                if not is_in_use(lock):
+                    remove_names(self.ident)
+                    os.unlink(lock.path)
+                lock.close()
+        except FileNotFoundError:
+            pass
