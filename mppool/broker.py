@@ -26,7 +26,7 @@ from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
 from mppool.kernel.process import check_descriptors
 from mppool.kernel.runtime import check_directory, scope_of
-from mppool.table import BROKER, IS_BROKER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
+from mppool.table import BROKER, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
 from mppool.wire import RESIDENT, Kind, Message, decode, encode, pack_held, unpack_held
 
 __all__ = ["AlreadyRunning", "Broker"]
@@ -34,7 +34,6 @@ __all__ = ["AlreadyRunning", "Broker"]
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
-BURST = 64  # messages read from one link before others get their turn
 
 
 class AlreadyRunning(Error):
@@ -150,30 +149,28 @@ class Broker:
             self.watch(sock.fileno(), lambda link=link: self.read(link))  # type: ignore[misc]
 
     def read(self, link: WorkerLink) -> None:
-        for _ in range(BURST):
-            fd = -1
-            try:
-                data, fd = wires.receive(link.sock)
-                if not data:
-                    self.cut(link)
-                    return
-                message, given, fd = decode(data, 1 if fd >= 0 else 0), fd, -1
-                if link.desk is None:
-                    self.greet(link, message)
-                else:
-                    link.desk.received(link, message, given)
-            except BlockingIOError:
-                return
-            except Error as error:
-                log.warning("link of row %d cut: %s", link.row, error)
-                if fd >= 0:
-                    os.close(fd)
-                link.send(Message(Kind.REFUSED, body=str(error).encode()))
+        """One message; if there are more, the poller says so again, after others had their turn."""
+        fd = -1
+        try:
+            data, fd = wires.receive(link.sock)
+            if not data:
                 self.cut(link)
                 return
-            except OSError:
-                self.cut(link)
-                return
+            message, given, fd = decode(data, 1 if fd >= 0 else 0), fd, -1
+            if link.desk is None:
+                self.greet(link, message)
+            else:
+                link.desk.received(link, message, given)
+        except BlockingIOError:
+            return
+        except Error as error:
+            log.warning("link of row %d cut: %s", link.row, error)
+            if fd >= 0:
+                os.close(fd)
+            link.send(Message(Kind.REFUSED, body=str(error).encode()))
+            self.cut(link)
+        except OSError:
+            self.cut(link)
 
     def greet(self, link: WorkerLink, message: Message) -> None:
         """The first message of a link. Raises ProtocolError."""
@@ -258,6 +255,9 @@ class Broker:
         """Remove a pool's names, unless a worker has come to it in this moment."""
         with creation_lock(desk.ident, create=False) as lock:
             self.give_up(desk)
+            until = time.monotonic() + 1.0
+            while lock.is_held(KEEPER) and time.monotonic() < until:
+                time.sleep(0.001)  # it has yet to read that it may let go
             if not is_in_use(lock):
                 remove_names(desk.ident)
                 os.unlink(lock.path)

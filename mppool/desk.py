@@ -48,6 +48,7 @@ __all__ = ["Desk", "Duplicate", "WorkerLink"]
 
 log = logging.getLogger("mppool.broker")
 
+IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)
 LOOK_AGAIN = 0.003  # seconds, doubled up to the broker's tick
 RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is given to somebody else
 
@@ -81,6 +82,8 @@ class Closing:
 
 class WorkerLink:
     """The broker's end of a worker's line."""
+
+    __slots__ = ("desk", "home", "lane_at", "row", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -118,7 +121,7 @@ class Desk:
         self.name = table.text("name")
         self.permits = Permits(table, lock)
         self._slots: list[Slot | None] = [None] * table.slots
-        self.lanes = deque(Lane(row, index) for index in range(table.lanes))
+        self.lanes = deque(Lane(row, index) for index in reversed(range(table.lanes)))
         self.reclaimer = Reclaimer(table, lock, self.permits, row, self.slot)
         self.duplicates: dict[int, Duplicate] = {}
         self.queue: Queue[WorkerLink] = Queue(self.words[W_MAX_WAITING])
@@ -295,24 +298,24 @@ class Desk:
         slot = self.slot(k)
         if claims.claim(self.words, lane, slot):
             self.words[self.row.at + R_UNLENT] += 1
-            if self.table.state(k) is State.IDLE:
-                self.table.mem[slot.state_at] = State.IN_USE
+            if self.table.mem[slot.state_at] == IDLE:
+                self.table.mem[slot.state_at] = IN_USE
                 return lane
             claims.release(self.words, lane, slot)
         self.lanes.append(lane)
         return None
 
     def grant(self, link: WorkerLink, k: int, lane: Lane, duplicate: Duplicate | None) -> None:
-        generation = self.words[self.table.generation + k]
-        self.queue.serve()
-        self.table.halves[H_WAITERS] = len(self.queue)
         claims.grant(self.words, lane, self.slot(k), link.lane_at)
-        self.lanes.append(lane)
+        generation = self.words[self.table.generation + k]
         known = self.known.setdefault(link.home, set())
         if duplicate is None or duplicate.generation != generation or (k, generation) in known:
             link.send(Message(Kind.GRANT, k, generation))
         elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.baggage), duplicate.fd):
             known.add((k, generation))
+        self.lanes.append(lane)
+        self.queue.serve()
+        self.table.halves[H_WAITERS] = len(self.queue)
 
     def grant_dial(self, link: WorkerLink) -> bool:
         """The right to dial, to as many as there is room for; a right that is being used is a DIALING slot already."""
@@ -331,7 +334,7 @@ class Desk:
 
     def make_room(self, link: WorkerLink) -> None:
         """Idle sessions are there, but none that this waiter can use: end one for it. The right to dial follows when its permit is back."""
-        if any(closing.reason is CloseReason.evicted_for_other for closing in self.closing.values()):
+        if self.table.find(State.IDLE) < 0 or any(closing.reason is CloseReason.evicted_for_other for closing in self.closing.values()):
             return
         for k in self.table.find_all(State.IDLE):
             duplicate = self.current(k)

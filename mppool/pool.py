@@ -29,7 +29,7 @@ from mppool.returning import after_return, give_back
 from mppool.snapshot import snapshot
 from mppool.states import State
 from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
-from mppool.table import W_ATTENTION
+from mppool.table import H_FLAGS, W_ATTENTION
 from mppool.worker import Worker, never
 
 __all__ = ["Lease", "Pool"]
@@ -148,7 +148,7 @@ class Pool:
                 if entry not in worker.idle:
                     worker.settle(entry.lane)
                 raise
-            if words[W_ATTENTION]:
+            if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
                 perform(worker, after_return(worker))
         else:
             self._put_slowly(worker, entry, discard)

@@ -50,6 +50,7 @@ __all__ = ["Entry", "Hands", "Line", "LineLost", "Worker"]
 
 log = logging.getLogger("mppool")
 
+LOOK = encode(Message(Kind.LOOK))
 _WORD = (1 << 64) - 1
 SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
 
@@ -358,22 +359,22 @@ class Worker:
         """Is somebody waiting before us? The word means nothing without a broker."""
         return bool(self.table.halves[H_WAITERS]) and self.broker_beats()
 
-    def look(self) -> None:
-        """Tell the broker that something became free, if somebody waits for it. Never raises, never waits."""
+    def look(self) -> bool:
+        """Tell the broker that something became free, if somebody waits for it. False: there is no line to say it on."""
         if not self.table.halves[H_WAITERS]:
-            return
-        while self.lines:
+            return True
+        while True:
             try:
                 line = self.lines.pop()
             except IndexError:
-                return
+                return False  # the broker finds it at its next tick, if the caller opens no line
             try:
-                line.send(Message(Kind.LOOK))
-            except LineLost:
+                line.sock.send(LOOK)
+            except OSError:
+                line.close()
                 continue
             self.lines.append(line)
-            return
-        # Without a line the broker finds it at its next tick; the next story of this process opens one.
+            return True
 
     def settle_abandoned(self) -> None:
         """Lanes we stopped waiting with while the broker was silent: has it struck them, or granted something meanwhile?"""

@@ -20,6 +20,10 @@ MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
 MAX_PATH = 107
 _ROOM = socket.CMSG_LEN(16 * 4)  # for more than the one we expect: extra descriptors are seen and closed, not lost
 _CREDENTIALS = struct.Struct("3i")
+# As plain numbers: the module's flags are enums, and these are used for every message.
+_CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 
 
 def connect(path: str) -> socket.socket:
@@ -65,9 +69,9 @@ def peer_uid(sock: socket.socket) -> int:
 def send(sock: socket.socket, data: bytes, fd: int = -1) -> None:
     """Send one message, with ``fd`` if given; the sender keeps its copy. BlockingIOError if the queue is full, OSError if the peer is gone."""
     if fd < 0:
-        sock.send(data, socket.MSG_NOSIGNAL)
+        sock.send(data, _NOSIGNAL)
     else:
-        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))], socket.MSG_NOSIGNAL)
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))], _NOSIGNAL)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, int]:
@@ -75,14 +79,14 @@ def receive(sock: socket.socket) -> tuple[bytes, int]:
 
     Raises BlockingIOError if there is none yet, ProtocolError (every descriptor closed) if it was cut or carried more than one.
     """
-    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ROOM, socket.MSG_CMSG_CLOEXEC)
-    if not ancillary and not flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ROOM, _CLOEXEC)
+    if not ancillary and not flags & _CUT:
         return data, -1
     fds = array.array("i")
     for level, kind, raw in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(fds) != 1:
+    if flags & _CUT or len(fds) != 1:
         for fd in fds:
             os.close(fd)
         if flags & socket.MSG_CTRUNC:
