@@ -1,0 +1,57 @@
+"""Every test has a runtime directory and a server of its own, and must leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mppool.kernel import memory
+from mppool.kernel.runtime import scope_of
+from tests.helpers.processes import BrokerProcess, broker_process, eventually
+from tests.helpers.server import Judge, judge
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Iterator[str]:
+    """A broker's socket path in a private directory; afterwards no process, socket or name of it may be left."""
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o700)
+    path = str(directory / "b.sock")
+    yield path
+    prefix = f"mppool-{scope_of(path)}"
+    try:
+        eventually(lambda: not processes_of(path), what="processes left over")
+        eventually(lambda: not memory.names(prefix) + memory.names(f"sem.{prefix}"), what="names left over")
+        assert os.listdir(directory) == []
+    finally:
+        for process in processes_of(path):
+            process.send_signal(signal.SIGKILL)
+        for name in memory.names(prefix) + memory.names(f"sem.{prefix}"):
+            os.unlink(f"{memory.SHM}/{name}")
+
+
+def processes_of(path: str) -> list[psutil.Process]:
+    """Brokers and keepers of this socket."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(part in (path, f"{path}.keeper") for part in command):
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[Judge]:
+    with judge() as it:
+        yield it
+
+
+@pytest.fixture
+def broker(socket_path: str) -> Iterator[BrokerProcess]:
+    with broker_process(socket_path) as it:
+        yield it
