@@ -55,3 +55,7 @@ def server() -> Iterator[Judge]:
 def broker(socket_path: str) -> Iterator[BrokerProcess]:
     with broker_process(socket_path) as it:
         yield it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storm-seconds", default=4.0, type=float, help="how long each storm lasts")
