@@ -26,7 +26,7 @@ from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story
 from mppool.table import R_TIMEOUTS, R_UNLENT, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
-from mppool.worker import Entry, Hands, Worker
+from mppool.worker import Entry, Hands, Ready, Worker
 
 __all__ = ["checkout"]
 
@@ -35,8 +35,8 @@ FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table wh
 Held = tuple[Lane, Entry]
 
 
-def checkout(worker: Worker, timeout: float, lane: Lane | None = None, entry: Entry | None = None) -> Story[Any]:
-    """Lend a session within ``timeout`` seconds. ``lane`` and ``entry``: what the fast path holds already, but found odd.
+def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Story[Any]:
+    """Lend a session within ``timeout`` seconds. ``ready``: what the fast path holds already, but found odd.
 
     Raises PoolTimeout, TooManyWaiting, DialFailed (the server is down for good), BrokerUnavailable (not ours). Then, and
     whenever it is interrupted, nothing is lent and nothing is held.
@@ -45,9 +45,9 @@ def checkout(worker: Worker, timeout: float, lane: Lane | None = None, entry: En
     began = time.monotonic()
     waiting = False
     try:
-        if lane is not None and entry is not None:
+        if ready is not None:
+            entry, lane = ready
             hands.take(lane)
-            entry.lane = None
             worker.bump(R_UNLENT)
             if (yield from fit(hands, lane, entry)):
                 return worker.lend(lane, entry)
@@ -86,12 +86,14 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_down_for_good(worker)
-        line = yield from connect(worker)
+        crowded = len(worker.lanes) < worker.table.slots // 2  # so many threads wait here that claims need the rest of our lanes
+        line = None if crowded else (yield from connect(worker))
         if line is None:
-            yield from alone.reclaim(hands)
-            held = yield from seize(hands)
-            if held is not None:
-                return held
+            if not (crowded and worker.must_queue()):
+                yield from alone.reclaim(hands)
+                held = yield from seize(hands)
+                if held is not None:
+                    return held
             yield Pause(max(0.0, min(pause * random.uniform(0.5, 1.0), until - time.monotonic())))
             pause = min(pause * 1.5, LAST_POLL)
             continue
@@ -112,7 +114,7 @@ def give_up_idle(hands: Hands) -> Story[None]:
     worker = hands.worker
     if worker.driver.transferable or not worker.must_queue():
         return
-    for entry in list(worker.idle):
+    for entry, _ in list(worker.idle):
         if worker.driver.fileno(entry.conn) < 0:
             held = yield from take(hands, entry.slot.k)
             if held is not None:
@@ -144,10 +146,10 @@ def take_idle(hands: Hands) -> Story[Held | None]:
     worker = hands.worker
     while worker.idle:
         try:
-            entry = worker.idle.pop()
+            entry, lane = worker.idle.pop()
         except IndexError:
             break  # another thread was faster
-        worker.spare_lane(entry)
+        worker.lanes.append(lane)
         if worker.entries.get(entry.slot.k) is entry:
             held = yield from take(hands, entry.slot.k)
             if held is not None:

@@ -13,7 +13,7 @@ from mppool import claims
 from mppool.claims import Lane
 from mppool.conversation import share
 from mppool.errors import DialFailed, Error
-from mppool.returning import SPIN, free, give_back
+from mppool.returning import SPIN, free, put_down
 from mppool.states import State
 from mppool.story import Call, Dial, Pause, Story
 from mppool.table import R_DIAL_FAILURES, R_DIALS, W_FAILURES, W_MAX_LIFETIME, W_MIN_SIZE
@@ -113,8 +113,7 @@ def prewarm(worker: Worker) -> Story[None]:
             if held is None:
                 return
             lane, entry = held
-            entry.lane, lane.owner = lane, None
-            yield from give_back(worker, entry, discarded=False)
+            yield from put_down(hands, lane, entry, discarded=False)
     except BaseException:
         hands.settle()
         raise

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mppool import claims
 from mppool.checkout import checkout
+from mppool.claims import Lane
 from mppool.dialing import prewarm
 from mppool.drivers.base import Driver
 from mppool.drivers.closeable import CloseableDriver
@@ -30,7 +31,7 @@ from mppool.snapshot import snapshot
 from mppool.states import State
 from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
 from mppool.table import H_FLAGS, W_ATTENTION
-from mppool.worker import Worker, never
+from mppool.worker import Entry, Worker, never
 
 __all__ = ["Lease", "Pool"]
 
@@ -104,15 +105,16 @@ class Pool:
         if worker is None or not worker.guard[0]:
             worker = self._enter()
         words = worker.words
-        lane = entry = None
+        ready = None
         if not words[W_ATTENTION]:
             try:
-                entry = worker.ready.pop()
-                slot, lane = entry.slot, entry.lane
+                ready = worker.ready.pop()
+                entry, lane = ready
+                slot = entry.slot
                 uses = claims.claim(words, lane, slot)
                 if not uses:
-                    worker.spare_lane(entry)
-                    lane = None
+                    ready = None
+                    worker.lanes.append(lane)
                 elif (uses == entry.uses + 1 or words[worker.generation_at + slot.k] == entry.generation) and not entry.poll(0):
                     now = monotonic_ns()
                     if now < words[slot.expires_at]:
@@ -120,45 +122,46 @@ class Pool:
                         worker.mem[slot.state_at] = IN_USE
                         words[slot.since_at] = now
                         conn = entry.conn
-                        worker.leases[id(conn)] = entry
+                        worker.leases[id(conn)] = ready
                         return conn
             except IndexError:
                 pass  # no idle session here
             except BaseException:
-                if entry is not None:
-                    worker.interrupted(entry)
+                if ready is not None:
+                    worker.interrupted(*ready)
                 raise
-        return perform(worker, checkout(worker, check_timeout(timeout, self.options.timeout), lane, entry))
+        return perform(worker, checkout(worker, check_timeout(timeout, self.options.timeout), ready))
 
     def putconn(self, conn: Any, *, discard: bool = False) -> None:
         """Give a lent session back; with ``discard`` it is closed. Raises Error if it is not lent (any more)."""
         worker = self._worker or self._leaving
         if worker is None or not worker.guard[0]:
             raise self._not_lent(conn)
-        entry = worker.leases.pop(id(conn), None)
-        if entry is None:
+        ready = worker.leases.pop(id(conn), None)
+        if ready is None:
             raise self._not_lent(conn)
         if worker.returns_plainly(conn) and not discard:
+            entry, lane = ready
             words, slot = worker.words, entry.slot
             try:
                 worker.mem[slot.state_at] = IDLE
-                claims.release(words, entry.lane, slot)
-                worker.idle.append(entry)
+                claims.release(words, lane, slot)
+                worker.idle.append(ready)
             except BaseException:
-                if entry not in worker.idle:
-                    worker.settle(entry.lane)
+                if ready not in worker.idle:
+                    worker.settle(lane)
                 raise
             if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
                 perform(worker, after_return(worker))
         else:
-            self._put_slowly(worker, entry, discard)
+            self._put_slowly(worker, *ready, discard)
 
-    def _put_slowly(self, worker: Worker, entry: Any, discard: bool) -> None:
+    def _put_slowly(self, worker: Worker, entry: Entry, lane: Lane, discard: bool) -> None:
         if entry.lent is not entry.conn:  # debug: the user's duplicate ends with the lease
             discard = discard or entry.lent.fileno() < 0
             entry.lent.close()
             entry.lent = entry.conn
-        perform(worker, give_back(worker, entry, discarded=discard))
+        perform(worker, give_back(worker, entry, lane, discarded=discard))
         if self._leaving is worker and not worker.leases:
             self._leave(worker)
 

@@ -18,7 +18,7 @@ from mppool.claims import Evidence, Slot
 from mppool.kernel.locks import LockFile
 from mppool.permits import Permits
 from mppool.states import CloseReason, State
-from mppool.table import R_CACHED, R_CLOSED, R_PID, R_UNLENT, R_WAITING, Row, Table, row_is_alive
+from mppool.table import R_ATTACHED, R_CLOSED, R_PID, R_UNLENT, R_WAITING, Row, Table, row_is_alive
 
 __all__ = ["PAUSE", "Reclaimer", "free_slot"]
 
@@ -88,7 +88,7 @@ class Reclaimer:
             if any(table.lanes_of(row)) or self.left_at_home({row}):
                 continue
             at = table.row_at(row)
-            words[at + R_WAITING] = words[at + R_CACHED] = 0
+            words[at + R_WAITING] = words[at + R_ATTACHED] = 0
             words[at + R_PID] = 0
             freed.append(row)
         return freed

@@ -20,25 +20,28 @@ __all__ = ["SPIN", "after_return", "discard", "free", "give_back"]
 SPIN = 0.0002  # seconds between two tries at the dial lock; its sections take microseconds
 
 
-def give_back(worker: Worker, entry: Entry, *, discarded: bool) -> Story[None]:
-    """A lease has ended. Clean: idle again, for anybody. Else closed, with the reason; any doubt is one."""
+def give_back(worker: Worker, entry: Entry, lane: Lane, *, discarded: bool) -> Story[None]:
+    """A lease has ended."""
     hands = Hands(worker)
-    lane = entry.lane
-    assert lane is not None
     try:
         hands.take(lane)
-        entry.lane = None
-        reason = CloseReason.discarded if discarded else (yield from why_not_reusable(worker, entry))
-        if reason is not None:
-            yield from discard(hands, lane, entry, reason)
-        else:
-            worker.mem[entry.slot.state_at] = State.IDLE
-            claims.release(worker.words, lane, entry.slot)
-            worker.keep(entry, lane)
+        yield from put_down(hands, lane, entry, discarded=discarded)
     except BaseException:
         hands.settle()
         raise
     yield from after_return(worker)
+
+
+def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Story[None]:
+    """A session that ``lane`` holds. Clean: idle, for anybody. Else closed, with the reason; any doubt is one."""
+    worker = hands.worker
+    reason = CloseReason.discarded if discarded else (yield from why_not_reusable(worker, entry))
+    if reason is not None:
+        yield from discard(hands, lane, entry, reason)
+        return
+    worker.mem[entry.slot.state_at] = State.IDLE
+    claims.release(worker.words, lane, entry.slot)
+    worker.keep(entry, lane)
 
 
 def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
@@ -70,9 +73,8 @@ def shed(worker: Worker) -> Story[None]:
     hands = Hands(worker)
     try:
         while worker.idle and worker.table.halves[H_FLAGS] & SHRINKING:
-            entry = worker.idle.pop()
-            worker.spare_lane(entry)
-            lane = hands.take()
+            entry, lane = worker.idle.pop()
+            hands.take(lane)
             if not hands.claim(lane, entry.slot):
                 hands.give(lane)
             elif worker.attached(entry.slot.k) is not entry:

@@ -11,8 +11,8 @@ from mppool.states import CloseReason, State
 from mppool.table import (
     BROKER,
     COUNTERS,
+    R_ATTACHED,
     R_BUCKETS,
-    R_CACHED,
     R_CLOSED,
     R_LANES,
     R_PID,
@@ -101,7 +101,7 @@ def workers(table: Table, lock: LockFile | None, own: Row | None) -> list[dict[s
                 "pid": table.words[at + R_PID],
                 "alive": (own is not None and row == own.index) or (row_is_alive(lock, row) if lock is not None else None),
                 "leases": len(ages),
-                "idle_cached": table.words[at + R_CACHED],
+                "idle_cached": max(0, table.words[at + R_ATTACHED] - len(ages)),
                 "waiting": table.words[at + R_WAITING],
                 "oldest_lease": max(ages, default=0) / 1e9,
             }

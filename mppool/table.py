@@ -83,7 +83,7 @@ _SLOT_FIELDS = 8
     R_INCARNATION,
     R_STARTED,
     R_WAITING,
-    R_CACHED,
+    R_ATTACHED,
     R_UNLENT,  # claims that lent nothing: checkouts are all uses of slots less these
     R_DIALS,
     R_DIAL_FAILURES,
@@ -403,7 +403,7 @@ class Row:
         words[self.at + R_INCARNATION] = self.incarnation
         words[self.at + R_ROLE] = role
         words[self.at + R_STARTED] = time.time_ns()
-        words[self.at + R_WAITING] = words[self.at + R_CACHED] = 0
+        words[self.at + R_WAITING] = words[self.at + R_ATTACHED] = 0
         self.home = index << 32 | self.incarnation
         words[self.at + R_PID] = pid  # last: from here on only a reclaimer frees it
 

@@ -31,8 +31,8 @@ from mppool.snapshot import wait_bucket
 from mppool.states import CloseReason, State
 from mppool.table import (
     H_WAITERS,
+    R_ATTACHED,
     R_BUCKETS,
-    R_CACHED,
     R_CLOSED,
     R_UNLENT,
     R_WAITING,
@@ -46,7 +46,7 @@ from mppool.table import (
 )
 from mppool.wire import Kind, Message, decode, encode
 
-__all__ = ["Entry", "Hands", "Line", "LineLost", "Worker"]
+__all__ = ["Entry", "Hands", "Line", "LineLost", "Ready", "Worker"]
 
 log = logging.getLogger("mppool")
 
@@ -101,14 +101,13 @@ class Line:
 class Entry:
     """A session attached in this process: the driver's object and how to look at its socket."""
 
-    __slots__ = ("conn", "generation", "lane", "lent", "poll", "slot", "uses")
+    __slots__ = ("conn", "generation", "lent", "poll", "slot", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
         self.conn = conn
-        self.lane: Lane | None = None  # the one it is lent through, or kept ready with in the local idle list
         self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
         if fd >= 0:
             poller = _poll()
@@ -131,6 +130,11 @@ def never(_session: Any) -> bool:
 
 def _nothing(_timeout: int) -> list[tuple[int, int]]:
     return []
+
+
+# A session and the lane for it: an empty one in the local idle list, the one that holds it in a lease. Whoever takes the pair
+# out of list or lease has both, and nobody else has.
+Ready = tuple[Entry, Lane]
 
 
 class Hands:
@@ -197,15 +201,15 @@ class Worker:
         self.slots: list[Slot | None] = [None] * table.slots
         self.lanes: deque[Lane] = deque(Lane(self.row, index) for index in range(table.lanes))
         self.entries: dict[int, Entry] = {}
-        self.idle: deque[Entry] = deque()
-        self.leases: dict[int, Entry] = {}
+        self.idle: deque[Ready] = deque()
+        self.leases: dict[int, Ready] = {}
         self.lines: deque[Line] = deque()
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
-        self.ready = self.idle if options.check is None and not options.debug else deque[Entry]()
+        self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
         self.waiting = 0
         self.shown_epoch = 0
@@ -235,12 +239,14 @@ class Worker:
         """Keep a session that we hold, as dialed or fetched."""
         entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
         self.entries[k] = entry
+        self.words[self.row.at + R_ATTACHED] = len(self.entries)
         return entry
 
     def forget(self, entry: Entry) -> None:
         """Let go of our duplicate of a session that has ended, or goes on without us."""
         if self.entries.get(entry.slot.k) is entry:
             del self.entries[entry.slot.k]
+            self.words[self.row.at + R_ATTACHED] = len(self.entries)
         self.unlist(entry)
         self.driver.abort(entry.conn)
 
@@ -250,41 +256,30 @@ class Worker:
         mem[slot.state_at] = State.IN_USE
         words[slot.since_at] = time.monotonic_ns()
         entry.uses = words[slot.uses_at]
-        entry.lane = lane
         entry.lent = entry.conn.dup() if self.options.debug and isinstance(entry.conn, socket.socket) else entry.conn
         self.bump(R_UNLENT, -1)
-        self.leases[id(entry.lent)] = entry
+        self.leases[id(entry.lent)] = entry, lane
         lane.owner = None
         return entry.lent
 
     def keep(self, entry: Entry, lane: Lane) -> None:
         """An idle session of ours, newest first, with an empty lane ready for it."""
-        entry.lane = lane
         lane.owner = None
-        self.idle.append(entry)
-        self.words[self.row.at + R_CACHED] = len(self.idle)
+        self.idle.append((entry, lane))
 
     def unlist(self, entry: Entry) -> None:
-        """Take a session out of the local idle list, if it is there."""
-        try:
-            self.idle.remove(entry)
-        except ValueError:
-            return  # another thread has it in hand
-        self.spare_lane(entry)
+        """Take a session out of the local idle list, if it is there; its lane is free then."""
+        for ready in list(self.idle):
+            if ready[0] is entry:
+                try:
+                    self.idle.remove(ready)
+                except ValueError:
+                    return  # another thread has it in hand
+                self.lanes.append(ready[1])
 
-    def spare_lane(self, entry: Entry) -> None:
-        """The lane kept ready for a session that is no longer listed is free."""
-        lane, entry.lane = entry.lane, None
-        if lane is not None:
-            self.lanes.append(lane)
-
-    def interrupted(self, entry: Entry) -> None:
-        """The fast path of a checkout was interrupted, with this session from the local idle list in hand."""
+    def interrupted(self, entry: Entry, lane: Lane) -> None:
+        """The fast path of a checkout was interrupted, with this pair from the local idle list in hand."""
         self.leases.pop(id(entry.lent), None)
-        lane = entry.lane
-        if lane is None:
-            return
-        entry.lane = None
         if lane.sure:  # ours, and nobody has touched it
             self.mem[entry.slot.state_at] = State.IDLE
             claims.release(self.words, lane, entry.slot)
