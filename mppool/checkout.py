@@ -115,7 +115,7 @@ def give_up_idle(hands: Hands) -> Story[None]:
     if worker.driver.transferable or not worker.must_queue():
         return
     for entry, _ in list(worker.idle):
-        if worker.driver.fileno(entry.conn) < 0:
+        if entry.fd < 0:
             held = yield from take(hands, entry.slot.k)
             if held is not None:
                 yield from discard(hands, *held, CloseReason.evicted_for_other)
@@ -223,7 +223,7 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         hands.give(lane)
         return False
     if entry.poll(0):
-        yield from discard(hands, lane, entry, why_readable(worker, entry))
+        yield from discard(hands, lane, entry, why_readable(entry))
         return False
     if time.monotonic_ns() >= worker.words[entry.slot.expires_at]:
         yield from discard(hands, lane, entry, CloseReason.too_old)
@@ -239,9 +239,9 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
     return True
 
 
-def why_readable(worker: Worker, entry: Entry) -> CloseReason:
+def why_readable(entry: Entry) -> CloseReason:
     """An idle session has something to read: bytes nobody asked for, or the end?"""
-    peek = socket.socket(fileno=worker.driver.fileno(entry.conn))
+    peek = socket.socket(fileno=entry.fd)
     try:
         unread = peek.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 from mppool import claims
@@ -52,7 +51,7 @@ def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
             return CloseReason.reset_failed
     if not worker.driver.is_clean(entry.conn):
         return CloseReason.discarded
-    if worker.driver.fileno(entry.conn) < 0 and worker.must_queue():
+    if entry.fd < 0 and worker.must_queue():
         return CloseReason.evicted_for_other  # nobody can end it from outside, and somebody waits
     return None
 
@@ -91,18 +90,13 @@ def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Stor
     """Close a session that we hold, and give its permit back when the server has ended it too, or ``close_timeout`` is over."""
     worker = hands.worker
     worker.table.move(entry.slot.k, State.CLOSING)
-    fd = worker.driver.fileno(entry.conn)
-    fd = os.dup(fd) if fd >= 0 else -1
     try:
         yield Close(entry.conn)
-        worker.forget(entry)
-        if fd >= 0:
-            link.shutdown(fd, socket.SHUT_WR)
-            yield Ended(fd, worker.words[W_CLOSE_TIMEOUT] / 1e9)
+        if entry.fd >= 0:
+            link.shutdown(entry.fd, socket.SHUT_WR)
+            yield Ended(entry.fd, worker.words[W_CLOSE_TIMEOUT] / 1e9)
     finally:
-        if fd >= 0:
-            link.shutdown(fd, socket.SHUT_RDWR)
-            os.close(fd)
+        worker.sever(entry)
     yield from free(hands, lane, reason)
 
 

@@ -99,9 +99,12 @@ class Line:
 
 
 class Entry:
-    """A session attached in this process: the driver's object and how to look at its socket."""
+    """A session attached in this process: the driver's object, and a descriptor of our own, whatever the user does to his.
 
-    __slots__ = ("conn", "generation", "lent", "poll", "slot", "uses")
+    ``fd`` is a duplicate that the entry owns, -1 if the session has none: looking at the session and ending it go through it.
+    """
+
+    __slots__ = ("conn", "fd", "generation", "lent", "poll", "slot", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
@@ -109,12 +112,17 @@ class Entry:
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
         self.conn = conn
         self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
+        self.fd = os.dup(fd) if fd >= 0 else -1
+        self.poll: Callable[[int], list[tuple[int, int]]] = _nothing
         if fd >= 0:
             poller = _poll()
-            poller.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
-            self.poll: Callable[[int], list[tuple[int, int]]] = poller.poll
-        else:
-            self.poll = _nothing
+            poller.register(self.fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+            self.poll = poller.poll
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 def _poll() -> Any:
@@ -181,7 +189,7 @@ class Worker:
 
     def __init__(self, name: str, target: str, driver: Driver, options: Options, path: str) -> None:
         """Attach to the pool, made if it is not there, and take a row. Raises ConfigMismatch, Error; leaves nothing behind if it does."""
-        check_descriptors(options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
+        check_descriptors(2 * options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
         self.guard = ForkGuard().page
         self.driver = driver
         self.options = options
@@ -248,6 +256,7 @@ class Worker:
             del self.entries[entry.slot.k]
             self.words[self.row.at + R_ATTACHED] = len(self.entries)
         self.unlist(entry)
+        entry.close()
         self.driver.abort(entry.conn)
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
@@ -313,9 +322,8 @@ class Worker:
 
     def sever(self, entry: Entry) -> None:
         """End the connection for everybody who has it, now."""
-        fd = self.driver.fileno(entry.conn)
-        if fd >= 0:
-            link.shutdown(fd, socket.SHUT_RDWR)
+        if entry.fd >= 0:
+            link.shutdown(entry.fd, socket.SHUT_RDWR)
         self.forget(entry)
 
     def finish(self) -> None:
@@ -422,6 +430,7 @@ class Worker:
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
         for entry in list(self.entries.values()):
+            entry.close()
             self.driver.abort(entry.conn)
         self.lock.close()
         self.closed = True
@@ -434,6 +443,7 @@ class Worker:
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
         for k, entry in list(self.entries.items()):
+            entry.close()
             others_may_have_it = self.words[self.table.spread + k] or entry.generation != self.words[self.generation_at + k]
             (self.driver.abort if others_may_have_it else self.driver.close)(entry.conn)
         self.entries.clear()

@@ -129,7 +129,7 @@ def test_unfit_sessions_are_not_lent(server: Judge, path: str, order: str, reaso
 def _readable(pool: mppool.Pool) -> bool:
     worker = pool._worker
     assert worker is not None
-    return any(entry.poll(0) for entry in worker.idle)
+    return any(entry.poll(0) for entry, _ in worker.idle)
 
 
 def test_a_session_closed_by_its_user_is_discarded(server: Judge, path: str) -> None:
@@ -213,7 +213,7 @@ def test_min_size_is_dialed_at_open(server: Judge, path: str) -> None:
     """``open()`` brings the pool to min_size."""
     with mppool.Pool(server.address, max_size=4, min_size=3, broker=path) as pool:
         assert pool.get_stats()["size"] == 3
-        assert server.counts()["live"] == 3
+        eventually(lambda: server.counts()["live"] == 3)
 
 
 def test_resize_works_live(server: Judge, path: str) -> None:

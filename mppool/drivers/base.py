@@ -30,8 +30,8 @@ class Driver(Protocol):
     def dial(self) -> Any:
         """Open a new session. Raises DialFailed (or any OSError)."""
 
-    def detach(self, session: Any) -> tuple[int, bytes]:
-        """A descriptor of the live connection, still owned by ``session``, and the baggage for ``attach`` elsewhere."""
+    def detach(self, session: Any) -> bytes:
+        """The baggage with which ``attach`` makes an equal session of a duplicate of the socket. ``session`` itself lives on."""
 
     def attach(self, fd: int, baggage: bytes) -> Any:
         """Make a session of a descriptor and baggage. Owns ``fd`` from here on, also when it raises."""

@@ -36,8 +36,8 @@ class CloseableDriver:
             raise DialFailed(f"dial={self._dial!r} made {session!r}, which has no close()", permanent=True)
         return session
 
-    def detach(self, session: Any) -> tuple[int, bytes]:
-        return self.fileno(session), b""
+    def detach(self, session: Any) -> bytes:
+        return b""
 
     def attach(self, fd: int, baggage: bytes) -> Any:
         raise Error("these sessions stay in the process that dialed them")

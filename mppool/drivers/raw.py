@@ -63,8 +63,8 @@ class RawDriver:
             raise
         return sock
 
-    def detach(self, session: socket.socket) -> tuple[int, bytes]:
-        return session.fileno(), b""
+    def detach(self, session: socket.socket) -> bytes:
+        return b""
 
     def attach(self, fd: int, baggage: bytes) -> socket.socket:
         family = socket.AF_UNIX if self.target.kind == "unix" else -1
