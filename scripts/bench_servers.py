@@ -1,0 +1,134 @@
+"""Real servers for the benchmarks, each in a directory of its own: started, waited for, ended. None outlives the benchmark."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["Skipped", "broker", "dies_with_parent", "postgres", "private_directory", "redis", "silent_server"]
+
+_libc = ctypes.CDLL(None)
+
+
+class Skipped(Exception):
+    """This cannot be measured here; the message says why."""
+
+
+def dies_with_parent(number: int) -> Callable[[], None]:
+    """What a child does first: have the kernel signal it when its parent ends, however that ends."""
+    parent = os.getpid()
+
+    def set_up() -> None:
+        _libc.prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return set_up
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="mppool-bench-") as directory:
+        yield directory
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[int]:
+    """The port of a server that never says a word: the kernel completes its connections, nobody accepts them."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def broker(path: str) -> Iterator[None]:
+    """``mppool broker`` on this socket. If the benchmark is killed, it outlives the workers for a moment, and tidies up after them."""
+    command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", "5"]
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_UNIX, path), preexec_fn=None):
+        yield
+
+
+@contextlib.contextmanager
+def redis(directory: str) -> Iterator[int]:
+    """The port of a Redis that writes nothing to disk. Raises Skipped."""
+    if shutil.which("redis-server") is None:
+        raise Skipped("redis-server is not installed")
+    port = _free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", directory]
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
+        yield port
+
+
+@contextlib.contextmanager
+def postgres(directory: str) -> Iterator[str]:
+    """The conninfo of a PostgreSQL with a new data directory. Raises Skipped."""
+    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb")) + [path for path in [shutil.which("initdb")] if path]
+    if not found:
+        raise Skipped("PostgreSQL's server is not installed")
+    programs, data, port = os.path.dirname(found[0]), f"{directory}/data", _free_port()
+    user: dict[str, Any] = {}
+    if os.geteuid() == 0:  # it refuses to run as root
+        account = next((entry for entry in pwd.getpwall() if entry.pw_name == "postgres"), None) or pwd.getpwnam("nobody")
+        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        os.chown(directory, account.pw_uid, account.pw_gid)
+    initdb = [f"{programs}/initdb", "-D", data, "-U", "bench", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+    made = subprocess.run(initdb, cwd="/", capture_output=True, text=True, check=False, **user)
+    if made.returncode:
+        raise Skipped(f"initdb failed: {made.stderr.strip().splitlines()[-1:]}")
+    command = [f"{programs}/postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", directory, "-F"]
+    # SIGQUIT: its own children end with it, at once.
+    with _running(command, signal.SIGQUIT, lambda: os.path.exists(f"{data}/postmaster.pid") and _pg_is_ready(data), cwd="/", **user):
+        yield f"host=127.0.0.1 port={port} user=bench dbname=postgres sslmode=disable"
+
+
+def _pg_is_ready(data: str) -> bool:
+    with open(f"{data}/postmaster.pid", encoding="ascii") as file:
+        lines = file.read().splitlines()
+    return len(lines) >= 8 and lines[7].strip() == "ready"
+
+
+@contextlib.contextmanager
+def _running(command: list[str], ending: signal.Signals, ready: Callable[[], bool], **options: Any) -> Iterator[None]:
+    """A server, from when it is ready until it has ended by the signal ``ending``."""
+    process = subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "preexec_fn": dies_with_parent(ending), **options})
+    try:
+        until = time.monotonic() + 20
+        while not ready():
+            if process.poll() is not None or time.monotonic() > until:
+                raise Skipped(f"{os.path.basename(command[0])} did not start (exit code {process.poll()})")
+            time.sleep(0.01)
+        yield
+    finally:
+        if process.poll() is None:
+            process.send_signal(ending)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _connects(family: int, address: Any) -> bool:
+    kind = socket.SOCK_SEQPACKET if family == socket.AF_UNIX else socket.SOCK_STREAM
+    with socket.socket(family, kind) as sock:
+        try:
+            sock.connect(address)
+        except OSError:
+            return False
+    return True
