@@ -18,14 +18,14 @@ from typing import Any
 
 from mppool import alone, claims
 from mppool.claims import Lane
-from mppool.conversation import attach, connect, fetch, wait_turn
+from mppool.conversation import attach, connect, fetch, settle_abandoned, wait_turn
 from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolTimeout
 from mppool.returning import discard
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story
-from mppool.table import R_TIMEOUTS, R_UNLENT, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
+from mppool.table import R_TIMEOUTS, R_CLAIMED, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import Entry, Hands, Ready, Worker
 
 __all__ = ["checkout"]
@@ -48,7 +48,7 @@ def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Stor
         if ready is not None:
             entry, lane = ready
             hands.take(lane)
-            worker.bump(R_UNLENT)
+            worker.bump(R_CLAIMED)
             if (yield from fit(hands, lane, entry)):
                 return worker.lend(lane, entry)
         worker.tidy()
@@ -81,6 +81,7 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     until = began + timeout
     pause = FIRST_POLL
     front = False
+    yield from settle_abandoned(worker)
     yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:

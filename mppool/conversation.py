@@ -6,6 +6,7 @@ found here, and given the duplicates it lacks.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from mppool.table import R_FETCHES, R_REJECTED, W_BEAT
 from mppool.wire import FRONT, RESIDENT, Kind, Message
 from mppool.worker import Entry, Hands, Line, LineLost, Worker
 
-__all__ = ["connect", "fetch", "share", "wait_turn"]
+__all__ = ["connect", "fetch", "settle_abandoned", "share", "wait_turn"]
 
 ANSWER = 1.0  # seconds within which a living broker answers
 LOOK_AGAIN = 0.05  # seconds between two tries to find a broker
@@ -156,6 +157,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
                 worker.lines.append(line)
                 turn = understand(worker, lane, answer)
                 break
+            worker.tidy()
             if time.monotonic() >= until or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
                 asked = False
@@ -221,3 +223,30 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
         line.send(Message(Kind.CANCEL))
     except LineLost:
         pass
+
+
+def settle_abandoned(worker: Worker) -> Story[None]:
+    """Before we wait again: read the answers to earlier waits that an exception ended. What was granted to them goes back."""
+    for _ in range(len(worker.abandoned)):
+        try:
+            line, lane = worker.abandoned.popleft()
+        except IndexError:
+            return  # another thread is at it
+        try:
+            until = time.monotonic() + ANSWER / 4
+            while True:
+                answer = yield Receive(line, until)
+                if answer is None:
+                    worker.abandoned.append((line, lane))
+                    break
+                if answer[1] >= 0:
+                    os.close(answer[1])
+                if answer[0].kind is Kind.STRUCK:
+                    worker.lines.append(line)
+                    worker.refuse_grant(lane)
+                    break
+        except LineLost:
+            worker.refuse_grant(lane)
+        except BaseException:
+            worker.abandoned.append((line, lane))
+            raise

@@ -27,7 +27,7 @@ from mppool.table import (
     R_CLOSED,
     R_INCARNATION,
     R_PID,
-    R_UNLENT,
+    R_CLAIMED,
     W_BEAT,
     W_CLOSE_TIMEOUT,
     W_EPOCH,
@@ -297,7 +297,7 @@ class Desk:
         lane = self.lanes.pop()
         slot = self.slot(k)
         if claims.claim(self.words, lane, slot):
-            self.words[self.row.at + R_UNLENT] += 1
+            self.words[self.row.at + R_CLAIMED] += 1
             if self.table.mem[slot.state_at] == IDLE:
                 self.table.mem[slot.state_at] = IN_USE
                 return lane

@@ -18,7 +18,7 @@ from mppool.claims import Evidence, Slot
 from mppool.kernel.locks import LockFile
 from mppool.permits import Permits
 from mppool.states import CloseReason, State
-from mppool.table import R_ATTACHED, R_CLOSED, R_PID, R_UNLENT, R_WAITING, Row, Table, row_is_alive
+from mppool.table import R_ATTACHED, R_CLOSED, R_PID, R_CLAIMED, R_WAITING, Row, Table, row_is_alive
 
 __all__ = ["PAUSE", "Reclaimer", "free_slot"]
 
@@ -35,7 +35,7 @@ def free_slot(table: Table, permits: Permits, row: Row, k: int) -> None:
         table.move(k, State.CLOSING)
     words[table.generation + k] += 1
     words[table.uses + k] += 1  # so that unchanged uses mean the same session, too
-    words[row.at + R_UNLENT] += 1
+    words[row.at + R_CLAIMED] += 1
     words[table.shared_flag + k] = words[table.spread + k] = words[table.expires + k] = 0
     if words[table.permit + k]:
         permits.give(k)

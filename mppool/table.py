@@ -84,7 +84,8 @@ _SLOT_FIELDS = 8
     R_STARTED,
     R_WAITING,
     R_ATTACHED,
-    R_UNLENT,  # claims that lent nothing: checkouts are all uses of slots less these
+    R_CLAIMED,  # claims by stories; on the fast path a claim is a checkout, so that
+    R_LENT,  # checkouts are all uses of slots - R_CLAIMED + R_LENT
     R_DIALS,
     R_DIAL_FAILURES,
     R_WAITS,
@@ -92,7 +93,7 @@ _SLOT_FIELDS = 8
     R_TIMEOUTS,
     R_REJECTED,
     R_FETCHES,
-) = range(14)
+) = range(15)
 R_CLOSED = 16
 R_BUCKETS = R_CLOSED + 16
 WAIT_BUCKETS = 48  # up to 67 s, see snapshot.py

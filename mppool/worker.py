@@ -34,7 +34,8 @@ from mppool.table import (
     R_ATTACHED,
     R_BUCKETS,
     R_CLOSED,
-    R_UNLENT,
+    R_LENT,
+    R_CLAIMED,
     R_WAITING,
     W_BEAT,
     Row,
@@ -51,7 +52,6 @@ __all__ = ["Entry", "Hands", "Line", "LineLost", "Ready", "Worker"]
 log = logging.getLogger("mppool")
 
 LOOK = encode(Message(Kind.LOOK))
-_WORD = (1 << 64) - 1
 SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
 
 
@@ -168,7 +168,7 @@ class Hands:
     def claim(self, lane: Lane, slot: Slot) -> bool:
         if not claims.claim(self.worker.words, lane, slot):
             return False
-        self.worker.bump(R_UNLENT)  # until it is lent
+        self.worker.bump(R_CLAIMED)
         return True
 
     def give(self, lane: Lane) -> None:
@@ -225,6 +225,7 @@ class Worker:
         self.last_dial_error: BaseException | None = None
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming = threading.Lock()
+        self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
         self.closed = False
 
     def slot(self, k: int) -> Slot:
@@ -266,7 +267,7 @@ class Worker:
         words[slot.since_at] = time.monotonic_ns()
         entry.uses = words[slot.uses_at]
         entry.lent = entry.conn.dup() if self.options.debug and isinstance(entry.conn, socket.socket) else entry.conn
-        self.bump(R_UNLENT, -1)
+        self.bump(R_LENT)
         self.leases[id(entry.lent)] = entry, lane
         lane.owner = None
         return entry.lent
@@ -343,7 +344,6 @@ class Worker:
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
-        self.settle_abandoned()
         for _ in range(len(self.limbo)):
             lane = self.limbo.popleft()
             if self.words[lane.at]:
@@ -379,25 +379,6 @@ class Worker:
             self.lines.append(line)
             return True
 
-    def settle_abandoned(self) -> None:
-        """Lanes we stopped waiting with while the broker was silent: has it struck them, or granted something meanwhile?"""
-        for _ in range(len(self.abandoned)):
-            line, lane = self.abandoned.popleft()
-            try:
-                while True:
-                    answer = line.receive()
-                    if answer is None:
-                        self.abandoned.append((line, lane))
-                        break
-                    if answer[1] >= 0:
-                        os.close(answer[1])
-                    if answer[0].kind is Kind.STRUCK:
-                        self.refuse_grant(lane)
-                        self.lines.append(line)
-                        break
-            except LineLost:
-                self.refuse_grant(lane)
-
     def refuse_grant(self, lane: Lane) -> None:
         """We wait no more, and nobody will write to this lane again. A session granted to it goes back as it is."""
         word = self.words[lane.at]
@@ -413,12 +394,13 @@ class Worker:
     # Counting.
 
     def bump(self, counter: int, by: int = 1) -> None:
-        at = self.row.at + counter
-        self.words[at] = (self.words[at] + by) & _WORD
+        with self.counting:
+            self.words[self.row.at + counter] += by
 
     def wait_begins(self, by: int) -> None:
-        self.waiting += by
-        self.words[self.row.at + R_WAITING] = max(0, self.waiting)
+        with self.counting:
+            self.waiting += by
+            self.words[self.row.at + R_WAITING] = self.waiting
 
     def waited(self, seconds: float) -> None:
         self.bump(R_BUCKETS + wait_bucket(seconds))

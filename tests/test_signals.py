@@ -1,0 +1,172 @@
+"""Exceptions thrown by signal handlers: they propagate, and nothing is lost."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+
+import mppool
+from tests.helpers.processes import BrokerProcess, eventually
+from tests.helpers.server import Judge, ask
+
+
+class Interrupt(BaseException):
+    """What a handler raises, like gunicorn's SystemExit or KeyboardInterrupt."""
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupt
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "broker"])
+def path(request: pytest.FixtureRequest, socket_path: str) -> str:
+    if request.param:
+        request.getfixturevalue("broker")
+    return socket_path
+
+
+def test_an_exception_ends_a_wait(server: Judge, path: str) -> None:
+    """A handler's exception comes out of a waiting checkout at once; the next waiter gets the session."""
+    with mppool.Pool(server.address, max_size=1, broker=path) as pool:
+        with pool.connection() as sock:
+            began = time.monotonic()
+            with pytest.raises(Interrupt), interrupted_after(0.05):
+                pool.getconn(timeout=30)
+            assert time.monotonic() - began < 5
+            assert pool.get_stats()["waiting"] == 0
+            ask(sock, "mine")
+        with pool.connection(timeout=5) as sock:
+            assert ask(sock, "again") == 1
+
+
+def test_an_exception_while_a_grant_is_on_its_way(server: Judge, path: str) -> None:
+    """Interrupted at the moment its turn comes, a waiter loses nothing: the session is there for the next."""
+    with mppool.Pool(server.address, max_size=1, broker=path) as pool:
+        for _ in range(60):
+            sock = pool.getconn(timeout=5)
+            delay = random.uniform(0.001, 0.004)
+            returning = threading.Timer(delay, pool.putconn, (sock,))
+            returning.start()
+            lent = None
+            try:
+                with interrupted_after(delay + random.uniform(-0.0005, 0.001)):
+                    lent = pool.getconn(timeout=5)
+            except Interrupt:
+                pass
+            returning.join()
+            if lent is not None:
+                pool.putconn(lent)
+        with pool.connection(timeout=5) as sock:
+            ask(sock, "after")
+        assert server.counts()["peak"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_exceptions_at_random_moments_lose_nothing(server: Judge, path: str) -> None:
+    """A handler that raises all the time, anywhere in checkout, dial, close and return: afterwards the whole cap is there."""
+    size = 3
+    with mppool.Pool(server.address, max_size=size, broker=path) as pool:
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        interrupts = 0
+        until = time.monotonic() + 3
+        try:
+            while time.monotonic() < until:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0015))
+                    for n in range(20):
+                        with pool.connection(timeout=5) as sock:
+                            ask(sock, f"n{n}")
+                            if n % 7 == 3:
+                                sock.close()  # so that it is discarded and another dialed
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except Interrupt:
+                    interrupts += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+        print(f"{interrupts} interrupts, {pool.get_stats()['closed']}")
+        assert interrupts > 100
+        sessions = [pool.getconn(timeout=5) for _ in range(size)]
+        for n, session in enumerate(sessions):
+            ask(session, f"whole{n}")
+            pool.putconn(session)
+        assert server.counts()["peak"] <= size
+        worker = pool._worker
+        assert worker is not None
+        eventually(lambda: worker.tidy() or len(worker.lanes) + len(worker.idle) >= worker.table.lanes - interrupts // 100, what="lanes lost")
+
+
+def test_a_handler_may_use_the_pool(server: Judge, path: str) -> None:
+    """A handler that itself borrows, in the middle of anything, disturbs nothing."""
+    with mppool.Pool(server.address, max_size=3, broker=path) as pool:
+        calls, busy = 0, False
+
+        def borrow(number: int, frame: FrameType | None) -> None:
+            nonlocal calls, busy
+            if busy:
+                return  # one inside another would need more sessions than there are
+            busy = True
+            calls += 1
+            with pool.connection(timeout=5) as sock:
+                ask(sock, f"handler{calls}")
+            busy = False
+
+        previous = signal.signal(signal.SIGALRM, borrow)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.0007, 0.0007)
+            until = time.monotonic() + 1.5
+            n = 0
+            while time.monotonic() < until:
+                n += 1
+                with pool.connection(timeout=5) as sock:
+                    ask(sock, f"main{n}")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        assert calls > 100
+        assert server.counts()["peak"] <= 3
+
+
+def test_a_stopped_broker_counts_as_absent(server: Judge, broker: BrokerProcess) -> None:
+    """A broker that is there but silent for a second holds nobody up for good; when it goes on, so does everything."""
+    with mppool.Pool(server.address, max_size=1, broker=broker.path) as pool:
+        sock = pool.getconn()
+        broker.process.send_signal(signal.SIGSTOP)
+        lent: list[float] = []
+
+        def wait() -> None:
+            began = time.monotonic()
+            with pool.connection(timeout=20) as session:
+                lent.append(time.monotonic() - began)
+                ask(session, "w")
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        pool.putconn(sock)
+        waiting.join()
+        assert lent[0] < 5
+        broker.process.send_signal(signal.SIGCONT)
+        for n in range(50):
+            with pool.connection(timeout=5) as session:
+                ask(session, f"n{n}")
+        assert server.counts()["peak"] == 1
