@@ -102,7 +102,7 @@ def fork(*works: Callable[[Child], Any]) -> Iterator[list[Child]]:
     children: list[Child] = []
     try:
         for work in works:
-            children.append(Child(work))
+            children.append(Child(work))  # noqa: PERF401 (if one fails, those before it are ended)
         yield children
     finally:
         for child in children:
@@ -117,7 +117,7 @@ class BrokerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "mppool", "broker", "--socket", self.path, *self.options]
-        process = subprocess.Popen(command, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, preexec_fn=die_with_parent)  # noqa: PLW1509
         eventually(lambda: process.poll() is not None or answers(self.path))
         assert process.poll() is None, f"the broker ended with exit code {process.returncode}"
         return process
