@@ -191,7 +191,7 @@ def render(result: dict[str, Any]) -> Iterator[str]:
     for run in result["runs"]:
         shares = f"{run['min_per_worker']}-{run['max_per_worker']}"
         spread = run["max_per_worker"] / max(1, run["min_per_worker"])
-        ratio = f"{run['wait_p99_ms'] / run['wait_p50_ms']:.2f}" if run["wait_p50_ms"] else "-"
+        ratio = f"{run['wait_p99_ms'] / run['wait_p50_ms']:.2f}" if run["wait_p50_ms"] > 0.01 else "-"
         yield (
             f"{run['hold_ms']:4g} ms  {run['contender']:10}{run['utilisation']:7.1%}{run['per_second']:8.0f}{run['lease_ms']:10.3f}"
             f"{run['wait_p50_ms']:10.2f}{run['wait_p99_ms']:8.2f}{run['wait_max_ms']:8.1f}{ratio:>9}{shares:>14}{spread:9.2f}"
