@@ -21,7 +21,7 @@ import pytest
 import mppool
 from mppool.kernel import link, memory
 from mppool.kernel.runtime import pool_id, scope_of
-from mppool.table import W_BEAT
+from mppool.table import KEEPER, W_BEAT
 from tests.conftest import processes_of
 from tests.helpers.namespace import in_private_shm
 from tests.helpers.processes import BrokerProcess, Child, answers, broker_process, die_with_parent, eventually, fork
@@ -227,7 +227,8 @@ def test_the_last_one_out_removes_the_names(broker: BrokerProcess, server: Judge
         with mppool.Pool(server.address, broker=socket_path) as pool:
             with pool.connection() as sock:
                 ask(sock, "one")
-            eventually(lambda: pool.get_stats()["broker_alive"])
+            lock = pool._worker.lock  # type: ignore[union-attr]
+            eventually(lambda: lock.is_held(KEEPER), what="the keeper has the session")
             broker.stop()
         eventually(lambda: not processes_of(socket_path))
         assert names(socket_path) == []
@@ -276,9 +277,9 @@ def test_run_says_which_signal_ended_the_command(socket_path: str, number: signa
 
 def test_run_of_nothing_that_exists_exits_127(socket_path: str) -> None:
     """A command that is not found makes it 127, and says which."""
-    done = mppool_("run", "--socket", socket_path, "--", "no-such-command", "--option")
+    done = mppool_("run", "--socket", socket_path, "--", "/no/such/command", "--option")
     assert done.returncode == 127
-    assert done.stderr == "mppool: COMMAND 'no-such-command': No such file or directory\n"
+    assert done.stderr == "mppool: COMMAND '/no/such/command': No such file or directory\n"
 
 
 def test_run_of_what_cannot_be_run_exits_126(socket_path: str, tmp_path: Path) -> None:
@@ -443,6 +444,7 @@ def test_status_as_json(broker: BrokerProcess, server: Judge, socket_path: str) 
             first.tell()
             waiter.result()
             first.result()
+        eventually(lambda: len(json_of("status", "--socket", socket_path, "--json")["pools"][0]["workers"]) == 1)  # the broker clears rows soon
         found = json_of("status", "--socket", socket_path, "--json", "web")["pools"][0]
         assert [found[key] for key in ("size", "in_use", "idle", "waiting", "dials", "checkouts", "waits")] == [2, 1, 1, 0, 2, 3, 1]
         waits = found["wait_percentiles_us"]
@@ -507,6 +509,21 @@ def test_status_shows_who_is_dead(server: Judge, socket_path: str) -> None:
         with pool.connection(timeout=5) as sock:
             ask(sock, "reclaimed")
         assert f"{child.pid} (dead)" not in mppool_("status", "--socket", socket_path).stdout
+
+
+@pytest.mark.xfail(strict=True, reason="close() leaves the row to a reclaimer; without a broker nobody in no need is one")
+def test_status_forgets_who_left_in_order(server: Judge, socket_path: str) -> None:
+    """A worker that closed its pool is no dead worker, with or without a broker."""
+    pool = mppool.Pool(server.address, name="web", broker=socket_path)
+
+    def use(child: Child) -> None:
+        with pool.connection() as sock:
+            ask(sock, "one")
+        pool.close()
+
+    with pool, fork(use) as (child,):
+        child.result()
+        assert [worker["pid"] for worker in json_of("status", "--socket", socket_path, "--json")["pools"][0]["workers"]] == [os.getpid()]
 
 
 def test_status_of_one_pool(server: Judge, socket_path: str) -> None:
