@@ -7,7 +7,6 @@ from mppool.reclaim import PAUSE
 from mppool.returning import free
 from mppool.states import CloseReason, State
 from mppool.story import Pause, Story
-from mppool.table import BROKER
 from mppool.worker import Hands
 
 __all__ = ["reclaim"]
@@ -19,12 +18,12 @@ def reclaim(hands: Hands) -> Story[None]:
     What nobody here has a duplicate of, but others may have, stays counted until one of them comes by.
     """
     worker = hands.worker
-    reclaimer, lock = worker.reclaimer, worker.lock
+    reclaimer = worker.reclaimer
     dead = reclaimer.dead_rows()
-    if not (dead or worker.limbo) or not worker.reclaiming.acquire(blocking=False):
+    if not (dead or worker.limbo):
         return
     try:
-        if not lock.take(BROKER):
+        if not hands.may_reclaim():
             return
         suspects = reclaimer.suspects(dead)
         if suspects:
@@ -42,8 +41,7 @@ def reclaim(hands: Hands) -> Story[None]:
             yield from bury_unshared(hands, k)
         reclaimer.free_rows(dead)
     finally:
-        lock.give(BROKER)
-        worker.reclaiming.release()
+        hands.stop_reclaiming()
 
 
 def bury_unshared(hands: Hands, k: int) -> Story[None]:

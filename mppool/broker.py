@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mppool.desk import Desk, Duplicate, WorkerLink
+from mppool.desk import Desk, Duplicate, WorkerLink, shut, take_socket
 from mppool.errors import BrokerUnavailable, Error, ProtocolError
 from mppool.keeper import keeper_path
 from mppool.kernel import link as wires
@@ -312,17 +312,19 @@ class Broker:
     def take_back(self, keeper: socket.socket, message: Message, fd: int) -> None:
         """One session from the keeper: ours if it is still what the table says, ended otherwise."""
         ident, baggage = unpack_held(message.body)
-        desk, k = self.desks.get(ident), message.number
+        desk, k, sock = self.desks.get(ident), message.number, take_socket(fd)
+        if sock is None:
+            return
         if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial:
             if desk.current(k) is None and k not in desk.closing:
-                duplicate = Duplicate(message.serial, fd, baggage, bool(message.flags & RESIDENT))
+                duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
                 duplicate.kept = True
                 desk.adopt(k, duplicate)
-                return
-            os.close(fd)
+            else:
+                sock.close()
             return
-        wires.shutdown(fd, socket.SHUT_RDWR)
-        os.close(fd)
+        shut(sock, socket.SHUT_RDWR)
+        sock.close()
         wires.send(keeper, encode(Message(Kind.DROP, k, message.serial, body=pack_held(ident, b""))))
 
     def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
@@ -336,7 +338,7 @@ class Broker:
                 flags = RESIDENT if duplicate.resident else 0
                 try:
                     message = Message(Kind.PUT, k, duplicate.generation, flags, pack_held(desk.ident, duplicate.baggage))
-                    wires.send(self.keeper, encode(message, 1), duplicate.fd)
+                    wires.send(self.keeper, encode(message, 1), duplicate.sock.fileno())
                 except BlockingIOError:
                     return  # it is behind: the rest at the next answer or tick
                 except OSError:
@@ -392,7 +394,7 @@ class Broker:
                 self.keep_for_next(desk)
             else:
                 for k in list(desk.duplicates):
-                    wires.shutdown(desk.duplicates[k].fd, socket.SHUT_RDWR)
+                    shut(desk.duplicates[k].sock, socket.SHUT_RDWR)
                 self.remove(desk)
         if self.keeper is not None:
             self.keeper.close()

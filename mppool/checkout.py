@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import time
 from typing import Any
 
@@ -43,7 +42,6 @@ def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Stor
     """
     hands = Hands(worker)
     began = time.monotonic()
-    waiting = False
     try:
         if ready is not None:
             entry, lane = ready
@@ -54,20 +52,17 @@ def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Stor
         worker.tidy()
         held = None if worker.must_queue() else (yield from seize(hands))
         if held is None:
-            waiting = True
-            worker.wait_begins(1)
+            worker.note_waiting(hands, True)
             held = yield from wait(hands, began, timeout)
+            worker.note_waiting(hands, False)
             count_wait(worker, time.monotonic() - began)
         return worker.lend(*held)
-    except PoolTimeout:
-        worker.bump(R_TIMEOUTS)
-        raise
-    except BaseException:
+    except BaseException as error:
+        worker.note_waiting(hands, False)
+        if isinstance(error, PoolTimeout):
+            worker.bump(R_TIMEOUTS)
         hands.settle()
         raise
-    finally:
-        if waiting:
-            worker.wait_begins(-1)
 
 
 def seize(hands: Hands) -> Story[Held | None]:
@@ -116,7 +111,7 @@ def give_up_idle(hands: Hands) -> Story[None]:
     if worker.driver.transferable or not worker.must_queue():
         return
     for entry, _ in list(worker.idle):
-        if entry.fd < 0:
+        if entry.sock is None:
             held = yield from take(hands, entry.slot.k)
             if held is not None:
                 yield from discard(hands, *held, CloseReason.evicted_for_other)
@@ -224,7 +219,7 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         hands.give(lane)
         return False
     if entry.poll(0):
-        yield from discard(hands, lane, entry, why_readable(entry))
+        yield from discard(hands, lane, entry, entry.why_readable())
         return False
     if time.monotonic_ns() >= worker.words[entry.slot.expires_at]:
         yield from discard(hands, lane, entry, CloseReason.too_old)
@@ -238,15 +233,3 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
             yield from discard(hands, lane, entry, CloseReason.check_failed)
             return False
     return True
-
-
-def why_readable(entry: Entry) -> CloseReason:
-    """An idle session has something to read: bytes nobody asked for, or the end?"""
-    peek = socket.socket(fileno=entry.fd)
-    try:
-        unread = peek.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:
-        unread = b""
-    finally:
-        peek.detach()
-    return CloseReason.unread_data if unread else CloseReason.peer_closed

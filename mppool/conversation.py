@@ -80,11 +80,11 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
     k, words, table = entry.slot.k, worker.words, worker.table
     if words[table.shared_flag + k] == entry.generation + 1:
         return
-    if entry.fd < 0:
+    if entry.sock is None:
         return
     words[table.spread + k] = entry.generation + 1  # before: from now on it may live longer than this process
     flags = 0 if worker.driver.transferable else RESIDENT
-    line.send(Message(Kind.SHARE, k, entry.generation, flags, worker.driver.detach(entry.conn)), entry.fd)
+    line.send(Message(Kind.SHARE, k, entry.generation, flags, worker.driver.detach(entry.conn)), entry.sock.fileno())
 
 
 def share(worker: Worker, entry: Entry) -> Story[None]:

@@ -44,7 +44,7 @@ from mppool.table import (
 )
 from mppool.wire import FRONT, RESIDENT, Kind, Message, encode
 
-__all__ = ["Desk", "Duplicate", "WorkerLink"]
+__all__ = ["Desk", "Duplicate", "WorkerLink", "shut", "take_socket"]
 
 log = logging.getLogger("mppool.broker")
 
@@ -54,26 +54,26 @@ RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is 
 
 
 class Duplicate:
-    """A session's socket as the broker has it. Owns ``fd``."""
+    """A session's socket as the broker has it. Owns ``sock``."""
 
-    __slots__ = ("baggage", "fd", "generation", "kept", "resident")
+    __slots__ = ("baggage", "generation", "kept", "resident", "sock")
 
-    def __init__(self, generation: int, fd: int, baggage: bytes, resident: bool) -> None:
+    def __init__(self, generation: int, sock: socket.socket, baggage: bytes, resident: bool) -> None:
         self.generation = generation
-        self.fd = fd
+        self.sock = sock
         self.baggage = baggage
         self.resident = resident
         self.kept = False  # has the keeper got it, too?
 
 
 class Closing:
-    """A session on its way out: shut down by us, the server's end awaited until ``until``. Owns ``fd``."""
+    """A session on its way out: shut down by us, the server's end awaited until ``until``. Owns ``sock``."""
 
-    __slots__ = ("case", "fd", "k", "lane", "reason", "until")
+    __slots__ = ("case", "k", "lane", "reason", "sock", "until")
 
-    def __init__(self, k: int, fd: int, until: float, reason: CloseReason, lane: Lane | None, case: Evidence | None) -> None:
+    def __init__(self, k: int, sock: socket.socket | None, until: float, reason: CloseReason, lane: Lane | None, case: Evidence | None) -> None:
         self.k = k
-        self.fd = fd
+        self.sock = sock  # None: it is closed, or we never had it
         self.until = until
         self.reason = reason
         self.lane = lane  # ours, if we claimed it
@@ -205,12 +205,13 @@ class Desk:
         if (k in self.duplicates and self.duplicates[k].generation == generation) or k in self.closing:
             os.close(fd)
             return
-        self.adopt(k, Duplicate(generation, fd, baggage, resident))
+        sock = take_socket(fd)
+        if sock is not None:
+            self.adopt(k, Duplicate(generation, sock, baggage, resident))
 
     def adopt(self, k: int, duplicate: Duplicate) -> None:
         """A duplicate is ours now, in the place of any older one; it goes to the keeper before others may know."""
         self.drop(k)
-        os.set_blocking(duplicate.fd, False)
         self.duplicates[k] = duplicate
         if duplicate.kept:
             self.kept(k, duplicate.generation)
@@ -231,7 +232,7 @@ class Desk:
         duplicate = self.duplicates.pop(k, None)
         if duplicate is not None:
             self.keeping.drop(self, k, duplicate.generation)
-            os.close(duplicate.fd)
+            duplicate.sock.close()
 
     def current(self, k: int) -> Duplicate | None:
         """Our duplicate of the session that is in slot k now."""
@@ -245,7 +246,7 @@ class Desk:
         duplicate = self.current(k) if k < self.table.slots else None
         if duplicate is None or duplicate.generation != generation or duplicate.resident:
             link.send(Message(Kind.GONE, k))
-        elif link.send(Message(Kind.SESSION, k, generation, body=duplicate.baggage), duplicate.fd):
+        elif link.send(Message(Kind.SESSION, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
             self.known.setdefault(link.home, set()).add((k, generation))
 
     # The queue.
@@ -311,7 +312,7 @@ class Desk:
         known = self.known.setdefault(link.home, set())
         if duplicate is None or duplicate.generation != generation or (k, generation) in known:
             link.send(Message(Kind.GRANT, k, generation))
-        elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.baggage), duplicate.fd):
+        elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
             known.add((k, generation))
         self.lanes.append(lane)
         self.queue.serve()
@@ -350,13 +351,13 @@ class Desk:
         """End a session that our ``lane`` holds, or whose holder was convicted: say so to the server and wait for its end."""
         self.table.move(k, State.CLOSING)
         duplicate = self.current(k)
-        fd = -1
+        sock = None
         if duplicate is not None:
-            fd = os.dup(duplicate.fd)
+            sock = duplicate.sock.dup()
             self.drop(k)
-            wires.shutdown(fd, socket.SHUT_WR)
+            shut(sock, socket.SHUT_WR)
         until = time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9
-        self.closing[k] = Closing(k, fd, until, reason, lane, case)
+        self.closing[k] = Closing(k, sock, until, reason, lane, case)
         self.finish_closing()
 
     def finish_closing(self) -> None:
@@ -364,12 +365,12 @@ class Desk:
         now = time.monotonic()
         freed = False
         for closing in list(self.closing.values()):
-            if closing.fd >= 0:
-                if now < closing.until and not wires.has_ended(closing.fd):
+            if closing.sock is not None:
+                if now < closing.until and not wires.has_ended(closing.sock):
                     continue
-                wires.shutdown(closing.fd, socket.SHUT_RDWR)
-                os.close(closing.fd)
-                closing.fd = -1
+                shut(closing.sock, socket.SHUT_RDWR)
+                closing.sock.close()
+                closing.sock = None
             with self.permits.section() as inside:
                 if not inside:
                     break
@@ -463,8 +464,8 @@ class Desk:
         for k in self.table.find_all(State.IDLE):
             duplicate = self.current(k)
             if duplicate is not None:
-                poller.register(duplicate.fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
-                watched[duplicate.fd] = k
+                poller.register(duplicate.sock, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+                watched[duplicate.sock.fileno()] = k
         for fd, events in poller.poll(0) if watched else ():
             lane = self.claim(watched[fd])
             if lane is not None:
@@ -502,7 +503,7 @@ class Desk:
             for k in self.table.find_all(State.IN_USE):
                 duplicate = self.current(k)
                 if duplicate is not None and now - since[k] > limit:
-                    wires.shutdown(duplicate.fd, socket.SHUT_RDWR)
+                    shut(duplicate.sock, socket.SHUT_RDWR)
 
     def due(self) -> float:
         """The moment something of this desk wants to be looked at, on the monotonic clock."""
@@ -539,11 +540,30 @@ class Desk:
         self.table.halves[H_WAITERS] = 0
         self.words[W_BEAT] = 0
         for duplicate in self.duplicates.values():
-            os.close(duplicate.fd)
+            duplicate.sock.close()
         self.duplicates.clear()
         for closing in self.closing.values():
-            if closing.fd >= 0:
-                wires.shutdown(closing.fd, socket.SHUT_RDWR)
-                os.close(closing.fd)
+            if closing.sock is not None:
+                shut(closing.sock, socket.SHUT_RDWR)
+                closing.sock.close()
         self.closing.clear()
         self.lock.close()
+
+
+def take_socket(fd: int) -> socket.socket | None:
+    """A received descriptor as a non-blocking socket; None (and it is closed) if it is not a socket's."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    sock.setblocking(False)
+    return sock
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    """End a connection, or our side of it, for everybody who has a duplicate."""
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass  # the server was faster

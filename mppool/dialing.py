@@ -13,13 +13,15 @@ from mppool import claims
 from mppool.claims import Lane
 from mppool.conversation import share
 from mppool.errors import DialFailed, Error
-from mppool.returning import SPIN, free, put_down
+from mppool.returning import dial_lock, free, put_down
 from mppool.states import State
-from mppool.story import Call, Dial, Pause, Story
+from mppool.story import Call, Dial, Story
 from mppool.table import R_DIAL_FAILURES, R_DIALS, W_FAILURES, W_MAX_LIFETIME, W_MIN_SIZE
 from mppool.worker import Entry, Hands, Worker
 
 __all__ = ["open_session", "prewarm"]
+
+PATIENCE = 0.05  # seconds to try the dial lock for; then the caller waits in line, with its own deadline
 
 
 def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
@@ -62,12 +64,10 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
 def take_permit(hands: Hands) -> Story[Lane | None]:
     """Inside the dial lock: a unit of the cap becomes the permit of a free slot, which the lane returned holds, DIALING."""
     worker = hands.worker
-    while worker.permits.may_dial():
-        with worker.permits.section() as inside:
-            if inside:
-                return claim_free_slot(hands) if worker.permits.may_dial() else None
-        yield Pause(SPIN)
-    return None
+    if not worker.permits.may_dial():
+        return None
+    with (yield from dial_lock(worker, PATIENCE)) as inside:
+        return claim_free_slot(hands) if inside and worker.permits.may_dial() else None
 
 
 def claim_free_slot(hands: Hands) -> Lane | None:
@@ -92,15 +92,13 @@ def claim_free_slot(hands: Hands) -> Lane | None:
 
 def report(worker: Worker, error: Exception | None) -> Story[None]:
     """Tell all workers how a dial went."""
-    while True:
-        with worker.permits.section() as inside:
-            if inside:
-                if error is None:
-                    worker.permits.dial_succeeded()
-                else:
-                    worker.permits.dial_failed(str(error) or type(error).__name__)
-                break
-        yield Pause(SPIN)
+    with (yield from dial_lock(worker, PATIENCE)) as inside:
+        if not inside:
+            return
+        if error is None:
+            worker.permits.dial_succeeded()
+        else:
+            worker.permits.dial_failed(str(error) or type(error).__name__)
     worker.look()
 
 

@@ -18,7 +18,7 @@ import sys
 from mppool.errors import Error, ProtocolError
 from mppool.kernel import link
 from mppool.kernel.locks import LockFile
-from mppool.table import FIRST_ROW, KEEPER, ROWS, lock_path
+from mppool.table import FIRST_ROW, KEEPER, ROWS, lock_path, remove_if_unused
 from mppool.wire import Kind, Message, decode, encode, pack_held, unpack_held
 
 __all__ = ["keeper_path", "main"]
@@ -118,7 +118,7 @@ class Keeper:
 
     def is_done(self, active: bool) -> bool:
         if self.broker is not None:
-            self.lonely = 0.0
+            self.lonely = ALONE  # it has been spoken to: from now on it need not wait for a first broker
             return False
         self.lonely += 0.0 if active else TICK
         try:
@@ -126,14 +126,20 @@ class Keeper:
         except FileNotFoundError:
             replaced = True
         needed = any(lock.is_held(FIRST_ROW, ROWS) for lock in self.locks.values())
-        return replaced or (not needed and (self.lonely >= ALONE or not active))
+        return replaced or (not needed and self.lonely >= ALONE)
 
     def close(self) -> None:
+        """End the sessions; where this was the last process of a pool, its names go with it."""
         try:
             if os.stat(self.path).st_ino == self.inode:
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
+        for place in list(self.held):
+            self.forget(place)
+        for ident in list(self.locks):
+            self.unwatch(ident)
+            remove_if_unused(ident)
 
 
 def main(path: str) -> None:

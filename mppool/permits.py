@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,7 @@ from mppool.states import State
 
 __all__ = ["Permits"]
 
+SPIN = 0.0002  # seconds between two tries at the dial lock; its sections take microseconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds, of the breaker
 
 
@@ -52,13 +54,16 @@ class Permits:
         self.words = table.words
         self.lock = lock
         self.cap = table.open_cap()
-        self.threads = threading.Lock()
+        self.door = threading.RLock()  # guards ``holder``, for a moment; a signal handler may come back in
+        self.holder: weakref.ref[Section] | None = None
 
     # The dial lock.
 
     def section(self) -> Section:
-        """``with permits.section() as inside:`` enters the dial lock if it is free, and leaves it at the end."""
-        return Section(self)
+        """One try at the dial lock: ``with permits.section() as inside:``, and ``inside`` says if it succeeded."""
+        section = Section(self)
+        section.enter()
+        return section
 
     @contextmanager
     def entered(self, timeout: float = 1.0) -> Iterator[None]:
@@ -71,7 +76,12 @@ class Permits:
                     return
             if time.monotonic() > deadline:
                 raise Error(f"the dial lock of pool {self.table.text('name')!r} is held for {timeout:g} s (a stopped process?)")
-            time.sleep(0.0002)
+            time.sleep(SPIN)
+
+    def is_ours(self) -> bool:
+        """Is this very thread inside, below us? Then we are in a signal handler, and waiting for it would be for ever."""
+        holder = self.holder() if self.holder is not None else None
+        return holder is not None and holder.thread == threading.get_ident()
 
     # Inside it.
 
@@ -147,34 +157,46 @@ class Permits:
 
 
 class Section:
-    """One try at the dial lock. Inside, the equation holds; an exception at any point leaves nothing locked."""
+    """One try at the dial lock, and the way out of it. Inside, the equation holds.
 
-    __slots__ = ("_permits", "_taken")
+    Which section of this process is inside is a weak reference: one whose end was interrupted is gone, and counts as outside.
+    """
+
+    __slots__ = ("__weakref__", "_permits", "inside", "thread")
 
     def __init__(self, permits: Permits) -> None:
         self._permits = permits
-        self._taken: list[bool] = []
+        self.inside = False
+        self.thread = threading.get_ident()
 
-    def __enter__(self) -> bool:
+    def enter(self) -> None:
         permits = self._permits
         try:
-            # Taken and recorded in one bytecode, for the reason given in claims.py.
-            self._taken.extend(map(permits.threads.acquire, (False,)))
-            if self._taken[0] and permits.lock.take(DIAL):
+            with permits.door:
+                if permits.holder is not None and permits.holder() is not None:
+                    return
+                permits.holder = weakref.ref(self)
+            if permits.lock.take(DIAL):
                 if permits.settle():
                     permits.words[W_REPAIRS] += 1
-                return True
+                self.inside = True
+            else:
+                self.leave()
         except BaseException:
-            self.__exit__()
+            self.leave()
             raise
-        self.__exit__()
-        return False
+
+    def leave(self) -> None:
+        permits = self._permits
+        if permits.holder is not None and permits.holder() is self:
+            permits.lock.give(DIAL)
+            permits.holder = None
+
+    def __enter__(self) -> bool:
+        return self.inside
 
     def __exit__(self, *_: object) -> None:
-        if self._taken and self._taken[0]:
-            self._permits.lock.give(DIAL)
-            self._taken.clear()
-            self._permits.threads.release()
+        self.leave()
 
 
 def check_max_size(table: Table, max_size: object) -> None:

@@ -26,12 +26,12 @@ from mppool.kernel.runtime import socket_path
 from mppool.launch import ensure_broker
 from mppool.options import Options, check_name, check_timeout, default_name, parse_target
 from mppool.permits import check_max_size
-from mppool.returning import after_return, give_back
+from mppool.returning import after_return, put_down
 from mppool.snapshot import snapshot
 from mppool.states import State
 from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
 from mppool.table import H_FLAGS, W_ATTENTION
-from mppool.worker import Entry, Worker, never
+from mppool.worker import Entry, Hands, Worker, never
 
 __all__ = ["Lease", "Pool"]
 
@@ -137,33 +137,39 @@ class Pool:
         worker = self._worker or self._leaving
         if worker is None or not worker.guard[0]:
             raise self._not_lent(conn)
-        ready = worker.leases.pop(id(conn), None)
-        if ready is None:
-            raise self._not_lent(conn)
-        if worker.returns_plainly(conn) and not discard:
+        ready = hands = None
+        words = worker.words
+        try:
+            ready = worker.leases.pop(id(conn), None)
+            if ready is None:
+                raise self._not_lent(conn)
             entry, lane = ready
-            words, slot = worker.words, entry.slot
-            try:
-                worker.mem[slot.state_at] = IDLE
-                claims.release(words, lane, slot)
+            if worker.returns_plainly(conn) and not discard:
+                worker.mem[entry.slot.state_at] = IDLE
+                claims.release(words, lane, entry.slot)
                 worker.idle.append(ready)
-            except BaseException:
-                if ready not in worker.idle:
-                    worker.settle(lane)
-                raise
-            if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
-                perform(worker, after_return(worker))
-        else:
-            self._put_slowly(worker, *ready, discard)
+                ready = None
+            else:
+                hands = Hands(worker, lane)
+                ready = None
+                self._put_slowly(hands, entry, lane, discard)
+        except BaseException:
+            if hands is not None:
+                hands.settle()
+            elif ready is not None and ready not in worker.idle:
+                worker.settle(ready[1])
+            raise
+        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
+            perform(worker, after_return(worker))
+        if worker is self._leaving and not worker.leases:
+            self._leave(worker)
 
-    def _put_slowly(self, worker: Worker, entry: Entry, lane: Lane, discard: bool) -> None:
+    def _put_slowly(self, hands: Hands, entry: Entry, lane: Lane, discard: bool) -> None:
         if entry.lent is not entry.conn:  # debug: the user's duplicate ends with the lease
             discard = discard or entry.lent.fileno() < 0
             entry.lent.close()
             entry.lent = entry.conn
-        perform(worker, give_back(worker, entry, lane, discarded=discard))
-        if self._leaving is worker and not worker.leases:
-            self._leave(worker)
+        perform(hands.worker, put_down(hands, lane, entry, discarded=discard))
 
     def _not_lent(self, conn: Any) -> Error:
         return Error(f"{conn!r} is not lent by pool {self.name!r} in this process: returned already, or lent before a fork or by another pool")
@@ -232,7 +238,7 @@ class Pool:
             return f"<Pool {self.name!r} {'closed' if self._closed else 'not open'}>"
         stats = snapshot(worker.table)
         return (
-            f"<Pool {self.name!r} {len(worker.leases)} in use, {len(worker.idle)} idle, {worker.waiting} waiting"
+            f"<Pool {self.name!r} {len(worker.leases)} in use, {len(worker.idle)} idle, {len(worker.waiting)} waiting"
             f" | host {stats['in_use']} in use, {stats['idle']} idle, {stats['size']}/{stats['max_size']}>"
         )
 
@@ -277,23 +283,32 @@ class Pool:
 class Lease:
     """A session for a ``with`` block."""
 
-    __slots__ = ("_conn", "_pool", "_timeout", "_worker")
+    __slots__ = ("__weakref__", "_conn", "_pool", "_timeout", "_worker")
 
     def __init__(self, pool: Pool, timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
 
     def __enter__(self) -> Any:
-        self._conn = self._pool.getconn(self._timeout)
-        self._worker = self._pool._worker or self._pool._leaving
-        return self._conn
+        conn = None
+        try:
+            conn = self._conn = self._pool.getconn(self._timeout)
+            worker = self._worker = self._pool._worker or self._pool._leaving
+            # A signal handler's exception can end a block before the first line of __exit__; see Worker.tidy.
+            worker.blocks[id(conn)] = weakref.ref(self)  # type: ignore[union-attr]
+            return conn
+        except BaseException:
+            if conn is not None:
+                self._pool.putconn(conn, discard=True)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        worker = self._worker
+        worker, conn = self._worker, self._conn
         if worker is None or not worker.guard[0]:
             return  # forked inside the block: the lease is the parent's
-        if kind is None or id(self._conn) in worker.leases:  # else it was given back within the block, before the exception
-            self._pool.putconn(self._conn, discard=kind is not None)
+        if kind is None or id(conn) in worker.leases:  # else it was given back within the block, before the exception
+            self._pool.putconn(conn, discard=kind is not None)
+        worker.blocks.pop(id(conn), None)
 
 
 def perform(worker: Worker, story: Story[T]) -> T:
@@ -341,11 +356,11 @@ def receive(request: Receive) -> Any:
 
 def ended(request: Ended) -> bool:
     until = time.monotonic() + request.seconds
-    while not link.has_ended(request.fd):
+    while not link.has_ended(request.sock):
         left = until - time.monotonic()
         if left <= 0:
             return False
-        link.wait_readable(request.fd, left)
+        link.wait_readable(request.sock.fileno(), left)
     return True
 
 

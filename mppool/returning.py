@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import socket
+import time
 
 from mppool import claims
 from mppool.claims import Lane
 from mppool.conversation import connect
-from mppool.kernel import link
+from mppool.permits import SPIN, Section
 from mppool.reclaim import free_slot
 from mppool.states import CloseReason, State
 from mppool.story import Call, Close, Ended, Pause, Story
 from mppool.table import H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
 from mppool.worker import Entry, Hands, Worker
 
-__all__ = ["SPIN", "after_return", "discard", "free", "give_back"]
-
-SPIN = 0.0002  # seconds between two tries at the dial lock; its sections take microseconds
-
-
-def give_back(worker: Worker, entry: Entry, lane: Lane, *, discarded: bool) -> Story[None]:
-    """A lease has ended."""
-    hands = Hands(worker)
-    try:
-        hands.take(lane)
-        yield from put_down(hands, lane, entry, discarded=discarded)
-    except BaseException:
-        hands.settle()
-        raise
-    yield from after_return(worker)
-
+__all__ = ["after_return", "dial_lock", "discard", "free", "put_down"]
 
 def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Story[None]:
     """A session that ``lane`` holds. Clean: idle, for anybody. Else closed, with the reason; any doubt is one."""
@@ -51,7 +37,7 @@ def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
             return CloseReason.reset_failed
     if not worker.driver.is_clean(entry.conn):
         return CloseReason.discarded
-    if entry.fd < 0 and worker.must_queue():
+    if entry.sock is None and worker.must_queue():
         return CloseReason.evicted_for_other  # nobody can end it from outside, and somebody waits
     return None
 
@@ -92,9 +78,9 @@ def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Stor
     worker.table.move(entry.slot.k, State.CLOSING)
     try:
         yield Close(entry.conn)
-        if entry.fd >= 0:
-            link.shutdown(entry.fd, socket.SHUT_WR)
-            yield Ended(entry.fd, worker.words[W_CLOSE_TIMEOUT] / 1e9)
+        if entry.sock is not None:
+            entry.shutdown(socket.SHUT_WR)
+            yield Ended(entry.sock, worker.words[W_CLOSE_TIMEOUT] / 1e9)
     finally:
         worker.sever(entry)
     yield from free(hands, lane, reason)
@@ -104,14 +90,25 @@ def free(hands: Hands, lane: Lane, reason: CloseReason | None) -> Story[None]:
     """The connection of the slot that ``lane`` holds is closed: permit, slot, token and lane go back."""
     worker = hands.worker
     slot = worker.slot(claims.named(worker.words[lane.at]))
-    while True:
-        with worker.permits.section() as inside:
-            if inside:
-                free_slot(worker.table, worker.permits, worker.row, slot.k)
-                claims.release(worker.words, lane, slot)
-                break
-        yield Pause(SPIN)
-    hands.give(lane)
+    with (yield from dial_lock(worker, 1.0)) as inside:
+        if inside:
+            free_slot(worker.table, worker.permits, worker.row, slot.k)
+            claims.release(worker.words, lane, slot)
+    if inside:
+        hands.give(lane)
+    else:
+        lane.owner = None
+        worker.unfinished.append(lane)  # somebody stopped holds the dial lock: when we next come by
     if reason is not None:
         worker.bump(R_CLOSED + reason)
     worker.look()
+
+
+def dial_lock(worker: Worker, seconds: float) -> Story[Section]:
+    """Try the dial lock for so long; ``with`` what is returned says if we are inside."""
+    until = time.monotonic() + seconds
+    while True:
+        section = worker.permits.section()
+        if section.inside or time.monotonic() >= until or worker.permits.is_ours():
+            return section
+        yield Pause(SPIN)

@@ -7,6 +7,7 @@ awaiting; both send the answer in, or throw what was raised. A story that is int
 
 from __future__ import annotations
 
+import _socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -57,7 +58,7 @@ class Receive:
 class Ended:
     """Wait up to so many seconds until the server ended a connection whose sending side is shut down; answer: did it?"""
 
-    fd: int
+    sock: _socket.socket
     seconds: float
 
 

@@ -15,6 +15,7 @@ guards names and the taking of rows; names are removed only while nobody holds a
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -421,3 +422,17 @@ def remove_names(ident: str) -> list[str]:
         memory.unlink(f"/{ident}.table")
         gone.append("table")
     return gone
+
+
+def remove_if_unused(ident: str) -> bool:
+    """What the last process of a pool does on its way out: remove all names, the lock file last. False: somebody is there."""
+    try:
+        with creation_lock(ident, create=False, timeout=1.0) as lock:
+            unused = not is_in_use(lock)
+            if unused:
+                remove_names(ident)
+                os.unlink(lock.path)
+            lock.close()
+        return unused
+    except (FileNotFoundError, Error):
+        return False

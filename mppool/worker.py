@@ -6,6 +6,7 @@ descriptors, memory and locks; what happens to them in which order is told in ch
 
 from __future__ import annotations
 
+import _socket
 import logging
 import os
 import select
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,7 @@ from mppool.reclaim import Reclaimer, free_slot
 from mppool.snapshot import wait_bucket
 from mppool.states import CloseReason, State
 from mppool.table import (
+    BROKER,
     H_WAITERS,
     R_ATTACHED,
     R_BUCKETS,
@@ -42,8 +45,7 @@ from mppool.table import (
     Table,
     attach_or_create,
     creation_lock,
-    is_in_use,
-    remove_names,
+    remove_if_unused,
 )
 from mppool.wire import Kind, Message, decode, encode
 
@@ -99,12 +101,12 @@ class Line:
 
 
 class Entry:
-    """A session attached in this process: the driver's object, and a descriptor of our own, whatever the user does to his.
+    """A session attached in this process: the driver's object, and a socket of our own, whatever the user does to his.
 
-    ``fd`` is a duplicate that the entry owns, -1 if the session has none: looking at the session and ending it go through it.
+    ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
     """
 
-    __slots__ = ("conn", "fd", "generation", "lent", "poll", "slot", "uses")
+    __slots__ = ("conn", "generation", "lent", "poll", "slot", "sock", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
@@ -112,17 +114,50 @@ class Entry:
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
         self.conn = conn
         self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
-        self.fd = os.dup(fd) if fd >= 0 else -1
+        self.sock = duplicate(fd) if fd >= 0 else None
         self.poll: Callable[[int], list[tuple[int, int]]] = _nothing
-        if fd >= 0:
+        if self.sock is not None:
             poller = _poll()
-            poller.register(self.fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+            poller.register(self.sock, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
             self.poll = poller.poll
 
+    def shutdown(self, how: int) -> None:
+        """End the connection, or our side of it, for everybody who has it."""
+        if self.sock is not None:
+            try:
+                self.sock.shutdown(how)
+            except OSError:
+                pass  # the server was faster
+
+    def has_ended(self) -> bool:
+        """After our side was shut down: has the server ended its own? Reads and drops what it still sends."""
+        return self.sock is None or link.has_ended(self.sock)
+
+    def why_readable(self) -> CloseReason:
+        """The idle session has something to read: bytes nobody asked for, or the end?"""
+        try:
+            unread = self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if self.sock is not None else b""
+        except OSError:
+            unread = b""
+        return CloseReason.unread_data if unread else CloseReason.peer_closed
+
     def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        if self.sock is not None:
+            self.sock.close()
+
+
+def duplicate(fd: int) -> _socket.socket | None:
+    """A socket of our own for the same connection; None if the descriptor is not a socket's.
+
+    Duplicated and wrapped in one step of the interpreter: an exception from a signal handler in between would leave a
+    descriptor that nobody owns, and a connection that nobody ends.
+    """
+    made: list[_socket.socket] = []
+    try:
+        made.extend(map(_socket.socket, (-1,), (-1,), (-1,), map(os.dup, (fd,))))
+    except OSError:
+        return None
+    return made[0]
 
 
 def _poll() -> Any:
@@ -150,9 +185,12 @@ class Hands:
 
     __slots__ = ("taken", "worker")
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, lane: Lane | None = None) -> None:
+        """``lane``: one that a lease gives up."""
         self.worker = worker
         self.taken: list[Lane] = []
+        if lane is not None:
+            self.take(lane)
 
     def take(self, lane: Lane | None = None) -> Lane:
         """A free lane, or one that a lease gives up. Error if this process uses all it has."""
@@ -171,6 +209,15 @@ class Hands:
         self.worker.bump(R_CLAIMED)
         return True
 
+    def may_reclaim(self) -> bool:
+        """Take the broker lock for the moment, if neither a broker nor anybody else has it."""
+        return self.worker.reclaiming.setdefault(BROKER, self) is self and self.worker.lock.take(BROKER)
+
+    def stop_reclaiming(self) -> None:
+        if self.worker.reclaiming.get(BROKER) is self:
+            self.worker.lock.give(BROKER)
+            self.worker.reclaiming.pop(BROKER, None)
+
     def give(self, lane: Lane) -> None:
         """The lane is empty, and free for other stories."""
         lane.owner = None
@@ -178,10 +225,11 @@ class Hands:
 
     def settle(self) -> None:
         """After an interruption: every lane that is still ours."""
+        self.stop_reclaiming()
         for lane in self.taken:
             if lane.owner is self:
-                lane.owner = None
                 self.worker.settle(lane)
+                lane.owner = None
 
 
 class Worker:
@@ -215,16 +263,17 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
+        self.blocks: dict[int, weakref.ref[Any]] = {}  # for leases that a ``with`` block holds, the block
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
-        self.waiting = 0
+        self.waiting: set[Hands] = set()
         self.shown_epoch = 0
         self.next_try = 0.0  # when to look for a broker again
         self.last_dial_error: BaseException | None = None
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
-        self.reclaiming = threading.Lock()
+        self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
         self.closed = False
 
@@ -268,6 +317,7 @@ class Worker:
         entry.uses = words[slot.uses_at]
         entry.lent = entry.conn.dup() if self.options.debug and isinstance(entry.conn, socket.socket) else entry.conn
         self.bump(R_LENT)
+        # No call may follow: an exception after this must not lose the lease.
         self.leases[id(entry.lent)] = entry, lane
         lane.owner = None
         return entry.lent
@@ -300,22 +350,30 @@ class Worker:
     # Lanes.
 
     def settle(self, lane: Lane) -> None:
-        """Whatever an interrupted story left of its lane. What we surely hold is closed; what we may hold, the reclaimer finds out."""
+        """Whatever an interrupted story left of its lane. What we surely hold is closed; what we may hold, the reclaimer finds out.
+
+        May be repeated, should it be interrupted itself.
+        """
         k = named(self.words[lane.at])
         if k < 0:
             lane.sure = False
-            self.lanes.append(lane)
+            if lane not in self.lanes:
+                self.lanes.append(lane)
+            return
+        if lane in self.unfinished or lane in self.limbo:
             return
         entry = self.attached(k)
         unshared = self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1
         if entry is not None and (lane.sure or unshared):
-            self.leases.pop(id(entry.lent), None)
             self.sever(entry)
+            self.leases.pop(id(entry.lent), None)
         if lane.sure:
+            dialing = self.table.state(k) is State.DIALING
             if self.table.state(k) is not State.FREE:
                 self.table.move(k, State.CLOSING)
             self.unfinished.append(lane)
-            self.finish()
+            if not dialing:  # else the exception's frames may still hold a connection: the permit goes back when we next come by
+                self.finish()
         else:
             claims.disown(self.words, lane, self.slot(k))
             self.limbo.append(lane)
@@ -323,8 +381,7 @@ class Worker:
 
     def sever(self, entry: Entry) -> None:
         """End the connection for everybody who has it, now."""
-        if entry.fd >= 0:
-            link.shutdown(entry.fd, socket.SHUT_RDWR)
+        entry.shutdown(socket.SHUT_RDWR)
         self.forget(entry)
 
     def finish(self) -> None:
@@ -333,17 +390,26 @@ class Worker:
             with self.permits.section() as inside:
                 if not inside:
                     return
-                lane = self.unfinished.popleft()
-                slot = self.slot(named(self.words[lane.at]))
-                free_slot(self.table, self.permits, self.row, slot.k)
-                claims.release(self.words, lane, slot)
-            self.bump(R_CLOSED + CloseReason.discarded)
-            self.lanes.append(lane)
+                lane = self.unfinished[0]
+                if lane.sure:
+                    slot = self.slot(named(self.words[lane.at]))
+                    free_slot(self.table, self.permits, self.row, slot.k)
+                    self.bump(R_CLOSED + CloseReason.discarded)
+                    claims.release(self.words, lane, slot)
+                self.unfinished.popleft()  # last: interrupted before, all is done again as far as it was not
+            self.settle(lane)
             self.look()
 
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
+        for key, block in list(self.blocks.items()):
+            if block() is None:  # its end was interrupted
+                ready = self.leases.get(key)
+                if ready is not None:
+                    self.settle(ready[1])
+                    self.leases.pop(key, None)
+                self.blocks.pop(key, None)
         for _ in range(len(self.limbo)):
             lane = self.limbo.popleft()
             if self.words[lane.at]:
@@ -397,10 +463,11 @@ class Worker:
         with self.counting:
             self.words[self.row.at + counter] += by
 
-    def wait_begins(self, by: int) -> None:
+    def note_waiting(self, hands: Hands, waits: bool) -> None:
+        """May be repeated: a story that was interrupted in between counts once, or not at all."""
         with self.counting:
-            self.waiting += by
-            self.words[self.row.at + R_WAITING] = self.waiting
+            (self.waiting.add if waits else self.waiting.discard)(hands)
+            self.words[self.row.at + R_WAITING] = len(self.waiting)
 
     def waited(self, seconds: float) -> None:
         self.bump(R_BUCKETS + wait_bucket(seconds))
@@ -431,11 +498,4 @@ class Worker:
         self.entries.clear()
         self.idle.clear()
         self.lock.close()
-        try:
-            with creation_lock(self.ident, create=False, timeout=1.0) as lock:
-                if not is_in_use(lock):
-                    remove_names(self.ident)
-                    os.unlink(lock.path)
-                lock.close()
-        except FileNotFoundError:
-            pass
+        remove_if_unused(self.ident)

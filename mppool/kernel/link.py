@@ -6,6 +6,7 @@ A sent message proves nothing: whoever needs to know asks and waits for the answ
 
 from __future__ import annotations
 
+import _socket
 import array
 import os
 import select
@@ -14,7 +15,7 @@ import struct
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 
-__all__ = ["MAX_MESSAGE", "MAX_PATH", "connect", "has_ended", "listen", "receive", "send", "shutdown", "wait_readable"]
+__all__ = ["MAX_MESSAGE", "MAX_PATH", "connect", "has_ended", "listen", "receive", "send", "wait_readable"]
 
 MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
 MAX_PATH = 107
@@ -95,20 +96,8 @@ def receive(sock: socket.socket) -> tuple[bytes, int]:
     return data, fds[0]
 
 
-def shutdown(fd: int, how: int) -> None:
-    """Shut a connection down for everybody who has a duplicate of ``fd``. The descriptor stays the caller's."""
-    sock = socket.socket(fileno=fd)
-    try:
-        sock.shutdown(how)
-    except OSError:
-        pass  # the server was faster
-    finally:
-        sock.detach()
-
-
-def has_ended(fd: int) -> bool:
-    """After ``shutdown(fd, SHUT_WR)``: has the server ended the connection too? Reads and drops what it still sends."""
-    sock = socket.socket(fileno=fd)
+def has_ended(sock: _socket.socket) -> bool:
+    """After our side was shut down: has the server ended its own? Reads and drops what it still sends."""
     try:
         for _ in range(64):
             if not sock.recv(65536, socket.MSG_DONTWAIT):
@@ -117,8 +106,6 @@ def has_ended(fd: int) -> bool:
         return False
     except OSError:
         return True
-    finally:
-        sock.detach()
     return False
 
 
