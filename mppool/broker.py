@@ -52,6 +52,15 @@ class Broker:
         self.idle_since = time.monotonic()
         self.stopping = False
         self.singleton = take_singleton(path)
+        try:
+            self.start()
+        except BaseException:
+            os.unlink(self.singleton.path)
+            self.singleton.close()
+            raise
+
+    def start(self) -> None:
+        """Take over what is there, then listen."""
         check_descriptors(1024, "the broker")
         self.poller = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
@@ -62,10 +71,10 @@ class Broker:
         self.keeper_retry = 0.0
         self.adopt_tables()
         self.take_keeper()
-        self.listener = wires.listen(path)
-        self.inode = os.stat(path).st_ino
+        self.listener = wires.listen(self.path)
+        self.inode = os.stat(self.path).st_ino
         self.watch(self.listener.fileno(), self.accept)
-        log.info("broker of %s, pid %d", path, os.getpid())
+        log.info("broker of %s, pid %d", self.path, os.getpid())
 
     # The loop.
 

@@ -58,7 +58,7 @@ class Facts(NamedTuple):
     states: Sequence[int]
     unused_since: Sequence[int]
     expires: Sequence[int]
-    size: int
+    size: int  # permits held, sessions that are CLOSING among them
     max_size: int
     min_size: int
     max_idle: int
@@ -69,7 +69,7 @@ def plan_evictions(facts: Facts) -> list[tuple[int, CloseReason]]:
     idle = [k for k, state in enumerate(facts.states) if state == State.IDLE]
     plan = [(k, CloseReason.too_old) for k in idle if 0 < facts.expires[k] < facts.now]
     gone = {k for k, _ in plan}
-    size = facts.size - len(plan)
+    size = facts.size - len(plan) - sum(state == State.CLOSING for state in facts.states)
     for k in sorted((k for k in idle if k not in gone), key=lambda k: facts.unused_since[k]):
         if size > facts.max_size:
             plan.append((k, CloseReason.drained))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from mppool.errors import Error
@@ -41,12 +40,18 @@ def find_pool(path: str, name: str) -> Inspected | None:
     return inspect(pool_id(path, name))
 
 
-def open_pools(path: str) -> Iterator[Inspected]:
-    """The pools of one broker's socket."""
+def open_pools(path: str) -> tuple[list[Inspected], list[str]]:
+    """The pools of one broker's socket; and what is wrong with those that cannot be read."""
+    pools, faults = [], []
     for ident in idents(f"mppool-{scope_of(path)}-"):
-        pool = inspect(ident)
-        if pool is not None:
-            yield pool
+        try:
+            pool = inspect(ident)
+        except Error as error:
+            faults.append(str(error))
+        else:
+            if pool is not None:
+                pools.append(pool)
+    return pools, faults
 
 
 def inspect(ident: str) -> Inspected | None:
@@ -68,14 +73,17 @@ def collect_garbage() -> dict[str, list[dict[str, Any]]]:
     removed: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     for ident in idents("mppool-"):
-        with creation_lock(ident) as lock:
-            name = name_of(ident, lock)
-            if is_in_use(lock):
-                refused.append({"pool": ident, "name": name, "why": who_holds(lock)})
-            else:
-                removed.append({"pool": ident, "name": name, "what": remove_names(ident)})
-                os.unlink(lock.path)
-            lock.close()
+        try:
+            with creation_lock(ident) as lock:
+                name = name_of(ident, lock)
+                if is_in_use(lock):
+                    refused.append({"pool": ident, "name": name, "why": who_holds(lock)})
+                else:
+                    removed.append({"pool": ident, "name": name, "what": remove_names(ident)})
+                    os.unlink(lock.path)
+                lock.close()
+        except Error as error:
+            refused.append({"pool": ident, "name": "", "why": str(error)})
     return {"removed": removed, "refused": refused}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -33,7 +35,7 @@ class Target:
 
 
 def parse_target(target: object) -> Target:
-    """"tcp://host:port", "unix:///path" or (host, port). OptionError says what is wrong with anything else."""
+    """ "tcp://host:port", "unix:///path" or (host, port). OptionError says what is wrong with anything else."""
     if isinstance(target, Target):
         return target
     if isinstance(target, (tuple, list)) and len(target) == 2:
@@ -42,10 +44,10 @@ def parse_target(target: object) -> Target:
             return _tcp(target, host, port)
     if isinstance(target, str):
         kind, found, rest = target.partition("://")
-        if found and kind == "unix" and rest.startswith("/") and "\0" not in rest and len(rest.encode()) <= 107:
+        if found and kind == "unix" and rest.startswith("/") and "\0" not in rest and len(os.fsencode(rest)) <= 107:
             return Target("unix", rest)
         if found and kind == "tcp":
-            match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:/?#\[\]\s]+)):(\d{1,5})/?", rest)
+            match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w-]+)\]|([^:/?#\[\]\s]+)):(\d{1,5})/?", rest)
             if match:
                 return _tcp(target, match[1] or match[2], int(match[3]))
     raise OptionError(f'target={target!r}: expected "tcp://host:port", "unix:///path" or (host, port)')
@@ -58,10 +60,13 @@ def _tcp(given: object, host: str, port: int) -> Target:
 
 
 def default_name(target: Target) -> str:
-    """The pool's name when none is given: workers that name the same target share a pool."""
-    if target.kind == "tcp":
-        return f"{target.host.replace('%', '-')}:{target.port}".lstrip(":")[:63]
-    return ("unix" + re.sub(r"[^A-Za-z0-9._-]", "-", target.host))[-63:].lstrip("-._")
+    """The pool's name when none is given: workers that name the same target share a pool. What no name may contain is hashed."""
+    plain = f"{target.host}:{target.port}" if target.kind == "tcp" else ""
+    if _NAME.fullmatch(plain):
+        return plain
+    digest = hashlib.blake2b(str(target).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", target.host)[-40:].strip("-.")
+    return f"{target.kind}-{readable}-{digest}" if readable else f"{target.kind}-{digest}"
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Permits:
         flags = SHRINKING if held > max_size else 0
         if self.table.halves[H_FLAGS] != flags:
             self.table.halves[H_FLAGS] = flags
-        return have != units
+        return bool(have != units)
 
     def take(self, k: int) -> bool:
         """One unit becomes the permit of slot k, if there is one."""

@@ -19,9 +19,8 @@ from mppool.dialing import prewarm
 from mppool.drivers.base import Driver
 from mppool.drivers.closeable import CloseableDriver
 from mppool.drivers.raw import RawDriver
-from mppool.errors import Error, OptionError, PoolClosed
+from mppool.errors import Error, OptionError, PoolClosed, PoolTimeout
 from mppool.kernel import link
-from mppool.kernel.process import require_linux
 from mppool.kernel.runtime import socket_path
 from mppool.launch import ensure_broker
 from mppool.options import Options, check_name, check_timeout, default_name, parse_target
@@ -35,7 +34,6 @@ from mppool.worker import Entry, Hands, Worker, never
 
 __all__ = ["Lease", "Pool"]
 
-require_linux()
 IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)  # plain numbers: the fast path pays for an enum's
 T = TypeVar("T")
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -185,12 +183,13 @@ class Pool:
 
         With ``wait`` it is an error (PoolTimeout) if they cannot be had within ``timeout`` seconds.
         """
+        timeout = check_timeout(timeout, self.options.timeout)
         worker = self._enter()
         if wait:
             until = time.monotonic() + timeout
             while worker.permits.held() < self.options.min_size:
                 if time.monotonic() > until:
-                    raise Error(f"pool {self.name!r}: min_size={self.options.min_size} sessions were not to be had within {timeout:g} s")
+                    raise PoolTimeout(f"pool {self.name!r}: min_size={self.options.min_size} sessions were not to be had within {timeout:g} s")
                 perform(worker, prewarm(worker))
                 time.sleep(0.01)
 

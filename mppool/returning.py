@@ -17,6 +17,7 @@ from mppool.worker import Entry, Hands, Worker
 
 __all__ = ["after_return", "dial_lock", "discard", "free", "put_down"]
 
+
 def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Story[None]:
     """A session that ``lane`` holds. Clean: idle, for anybody. Else closed, with the reason; any doubt is one."""
     worker = hands.worker

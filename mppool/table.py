@@ -335,8 +335,8 @@ def _create(ident: str, lock: LockFile, options: Options, *, name: str, target: 
     for at, value in _option_words(options).items():
         words[at] = value
     table = Table(shared, ident, lock.inode)
-    for field, value in {"name": name, "target": target, "key": key, "broker": broker}.items():
-        table.write_text(field, value)
+    for field, text in {"name": name, "target": target, "key": key, "broker": broker}.items():
+        table.write_text(field, text)
     table.open_cap()
     words[W_MAGIC] = MAGIC  # last: whoever finds it finds a whole table
     return table

@@ -25,9 +25,9 @@ from mppool.errors import ProtocolError
 from mppool.kernel.link import MAX_MESSAGE
 from mppool.options import MAX_SLOTS
 
-__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "decode", "encode", "pack_held", "unpack_held"]
+__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "OtherVersion", "decode", "encode", "pack_held", "unpack_held"]
 
-WIRE_VERSION = 1
+WIRE_VERSION = 0xA1  # A: mppool; anything else that begins otherwise is not ours
 MAX_BAGGAGE = 64 * 1024
 
 FRONT = 1  # flag of WAIT
@@ -63,6 +63,10 @@ _WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.SESSION, Kind.PUT})
 _MAY_HAVE_DESCRIPTOR = _WITH_DESCRIPTOR | {Kind.GRANT}
 
 
+class OtherVersion(ProtocolError):
+    """The other side is another version of mppool."""
+
+
 class Message(NamedTuple):
     kind: Kind
     number: int = 0  # of a slot, lane or row
@@ -82,7 +86,8 @@ def decode(data: bytes, descriptors: int) -> Message:
         raise ProtocolError(f"a message of {len(data)} bytes")
     version, number_of_kind, flags, announced, number, serial = _HEAD.unpack_from(data)
     if version != WIRE_VERSION:
-        raise ProtocolError(f"a message of wire version {version}, this mppool speaks {WIRE_VERSION}")
+        error = OtherVersion if version >> 4 == WIRE_VERSION >> 4 else ProtocolError
+        raise error(f"a message of wire version {version}, this mppool speaks {WIRE_VERSION}")
     kind = _KINDS.get(number_of_kind)
     if kind is None:
         raise ProtocolError(f"a message of unknown kind {number_of_kind}")

@@ -22,7 +22,7 @@ from typing import Any
 from mppool import claims
 from mppool.claims import Lane, Slot, named
 from mppool.drivers.base import Driver
-from mppool.errors import Error, ProtocolError
+from mppool.errors import BrokerUnavailable, Error, ProtocolError
 from mppool.kernel import link
 from mppool.kernel.process import ForkGuard, check_descriptors
 from mppool.kernel.runtime import pool_id
@@ -38,6 +38,7 @@ from mppool.table import (
     R_BUCKETS,
     R_CLOSED,
     R_LENT,
+    R_PID,
     R_CLAIMED,
     R_WAITING,
     W_BEAT,
@@ -47,7 +48,7 @@ from mppool.table import (
     creation_lock,
     remove_if_unused,
 )
-from mppool.wire import Kind, Message, decode, encode
+from mppool.wire import Kind, Message, OtherVersion, decode, encode
 
 __all__ = ["Entry", "Hands", "Line", "LineLost", "Ready", "Worker"]
 
@@ -92,6 +93,8 @@ class Line:
             if fd >= 0:
                 os.close(fd)
             self.close()
+            if isinstance(error, OtherVersion):
+                raise BrokerUnavailable(f"the broker is of another version: {error}; use the same mppool for both") from error
             if isinstance(error, ProtocolError):
                 log.error("link to the broker closed: %s", error)
             raise LineLost from error
@@ -243,11 +246,13 @@ class Worker:
         self.options = options
         self.path = path
         self.ident = pool_id(path, name)
-        with creation_lock(self.ident) as self.lock:
-            self.table, differences = attach_or_create(
-                self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path
-            )
-            self.row = Row(self.table, self.lock, os.getpid())
+        try:
+            with creation_lock(self.ident) as self.lock:
+                self.table, differences = attach_or_create(self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path)
+                self.row = Row(self.table, self.lock, os.getpid())
+        except BaseException:
+            remove_if_unused(self.ident)
+            raise
         for difference in differences:
             log.warning("pool %r: %s", name, difference)
         table = self.table
@@ -489,13 +494,42 @@ class Worker:
         if self.closed:
             return
         self.closed = True
+        self.tidy()
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
-        for k, entry in list(self.entries.items()):
+        self.settle_own_row()
+        for entry in list(self.entries.values()):
             entry.close()
-            others_may_have_it = self.words[self.table.spread + k] or entry.generation != self.words[self.generation_at + k]
-            (self.driver.abort if others_may_have_it else self.driver.close)(entry.conn)
+            self.driver.abort(entry.conn)
         self.entries.clear()
         self.idle.clear()
         self.lock.close()
         remove_if_unused(self.ident)
+
+    def settle_own_row(self) -> None:
+        """Before we leave: sessions that only we have end with us. Without a broker we also reclaim our own row; else it will."""
+        hands = Hands(self)
+        try:
+            for k in list(self.entries):
+                self.end_unshared(hands, k)
+            lanes = self.table.lanes_of(self.row.index)
+            if hands.may_reclaim() and not any(lanes):
+                self.words[self.row.at + R_WAITING] = self.words[self.row.at + R_ATTACHED] = 0
+                self.words[self.row.at + R_PID] = 0
+        finally:
+            hands.settle()
+
+    def end_unshared(self, hands: Hands, k: int) -> None:
+        entry = self.attached(k)
+        if entry is None or self.words[self.table.spread + k] == entry.generation + 1:
+            return
+        lane = hands.take()
+        if not hands.claim(lane, entry.slot):
+            hands.give(lane)
+        elif self.attached(k) is not entry:
+            claims.release(self.words, lane, entry.slot)
+            hands.give(lane)
+        else:
+            self.table.move(k, State.CLOSING)
+            self.driver.close(entry.conn)
+            hands.settle()

@@ -220,7 +220,6 @@ def test_a_broker_told_to_end_leaves_workers_theirs(broker: BrokerProcess, serve
     clean_directory(socket_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the keeper ends after the worker, so nobody is the last one out: table and semaphores stay in /dev/shm")
 def test_the_last_one_out_removes_the_names(broker: BrokerProcess, server: Judge, socket_path: str) -> None:
     """Broker told to end, then the only worker closes its pool: no name is left."""
     try:
@@ -511,7 +510,6 @@ def test_status_shows_who_is_dead(server: Judge, socket_path: str) -> None:
         assert f"{child.pid} (dead)" not in mppool_("status", "--socket", socket_path).stdout
 
 
-@pytest.mark.xfail(strict=True, reason="close() leaves the row to a reclaimer; without a broker nobody in no need is one")
 def test_status_forgets_who_left_in_order(server: Judge, socket_path: str) -> None:
     """A worker that closed its pool is no dead worker, with or without a broker."""
     pool = mppool.Pool(server.address, name="web", broker=socket_path)
@@ -548,7 +546,6 @@ def test_status_has_no_effect(server: Judge, socket_path: str) -> None:
         assert server.counts()["dials"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="one table of another version makes open_pools raise: status shows no pool at all")
 def test_one_damaged_pool_does_not_hide_the_others(server: Judge, socket_path: str) -> None:
     """A table that cannot be read is reported, and the other pools are shown."""
     with mppool.Pool(server.address, name="web", broker=socket_path), mppool.Pool(server.address, name="jobs", broker=socket_path) as jobs:
@@ -732,7 +729,6 @@ def test_gc_with_nothing_to_do() -> None:
     assert json.loads(done.stdout) == {"removed": [], "refused": []}
 
 
-@pytest.mark.xfail(strict=True, reason="the first lock file with a wrong mode ends gc: what is left of other pools is never removed")
 def test_gc_goes_on_after_a_name_that_is_not_as_it_should_be() -> None:
     """One odd file is reported; everything else that nobody holds goes."""
     script = f"""

@@ -116,7 +116,10 @@ def run(socket: str | None, command: tuple[str, ...]) -> None:
 @click.argument("name", required=False)
 def status(socket: str | None, as_json: bool, name: str | None) -> None:
     """Show all pools of this socket, or the one called NAME. Reads shared memory: works without a broker."""
-    pools = [pool.snapshot() for pool in open_pools(socket_path(socket))]
+    found, faults = open_pools(socket_path(socket))
+    pools = [pool.snapshot() for pool in found]
+    for fault in faults:
+        click.echo(f"mppool: {fault}", err=True)
     if name is not None:
         pools = [pool for pool in pools if pool["name"] == name]
         if not pools:

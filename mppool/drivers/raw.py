@@ -48,6 +48,8 @@ class RawDriver:
         except socket.gaierror as error:
             permanent = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
             raise DialFailed(f"target={str(target)!r}: cannot resolve {target.host!r}: {error.strerror}", permanent=permanent) from error
+        except UnicodeError as error:
+            raise DialFailed(f"target={str(target)!r}: {target.host!r} cannot be a host name: {error}", permanent=True) from error
         except OSError as error:
             raise DialFailed(f"target={str(target)!r}: {error}") from error
         try:

@@ -52,9 +52,7 @@ def create(name: str, size: int) -> SharedWords:
     except BaseException as error:
         shm.unlink()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise Error(
-                f"no room in {SHM}: the shared table needs {size} bytes; enlarge it (docker: --shm-size) or run `mppool gc`"
-            ) from error
+            raise Error(f"no room in {SHM}: the shared table needs {size} bytes; enlarge it (docker: --shm-size) or run `mppool gc`") from error
         raise
     finally:
         shm.close_fd()

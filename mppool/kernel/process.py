@@ -5,11 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-import sys
 
 from mppool.errors import Error
 
-__all__ = ["ForkGuard", "boot_word", "check_descriptors", "require_linux"]
+__all__ = ["ForkGuard", "boot_word", "check_descriptors"]
 
 _MADV_WIPEONFORK = 18  # linux/mman.h; since Linux 4.14
 
@@ -46,7 +45,3 @@ def check_descriptors(needed: int, what: str) -> None:
         return
     raise Error(f"too few file descriptors: {what} needs {wanted}, RLIMIT_NOFILE allows {hard}; raise it (ulimit -n {wanted})")
 
-
-def require_linux() -> None:
-    if sys.platform != "linux":
-        raise ImportError(f"mppool runs on Linux only (this is {sys.platform}): it needs SCM_RIGHTS, SOCK_SEQPACKET and F_OFD_SETLK")

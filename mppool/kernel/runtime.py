@@ -14,6 +14,8 @@ __all__ = ["check_directory", "pool_id", "scope_of", "socket_path"]
 
 def socket_path(broker: str | None) -> str:
     """The path of the broker's socket: ``broker``, else ``$MPPOOL_BROKER``, else ``broker.sock`` in the user's runtime directory."""
+    if broker is not None and (not isinstance(broker, str) or not broker or "\0" in broker):
+        raise OptionError(f"broker={broker!r}: expected the path of a socket")
     path = broker or os.environ.get("MPPOOL_BROKER")
     if not path:
         base = os.environ.get("XDG_RUNTIME_DIR")

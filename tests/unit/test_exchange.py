@@ -169,13 +169,11 @@ def test_what_is_too_old_counts_towards_the_shrink() -> None:
     assert plan(Session(expires_in=-1), Session(), Session(), max_size=2) == [(0, CloseReason.too_old)]
 
 
-@pytest.mark.xfail(strict=True, reason="sessions that are CLOSING still count as size: each look drains one more than the shrink asks for")
 def test_what_is_closing_counts_towards_the_shrink() -> None:
     """A session that is on its way out already pays the shrink's debt: no other is closed for it."""
     assert plan(Session(State.CLOSING), Session(), Session(State.IN_USE), max_size=2) == []
 
 
-@pytest.mark.xfail(strict=True, reason="sessions that are CLOSING still count as size: the pool falls below min_size")
 def test_what_is_closing_does_not_count_towards_min_size() -> None:
     """A session that is on its way out is none of the ``min_size`` that stay."""
     assert plan(Session(State.CLOSING), Session(unused=100), min_size=1) == []

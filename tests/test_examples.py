@@ -1,0 +1,138 @@
+"""The examples, run for real: they say that all is well, and leave nothing behind however they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mppool.kernel import memory
+from mppool.kernel.runtime import scope_of
+from tests.helpers.processes import eventually
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ("--workers", "4", "--clients", "8", "--seconds", "2.5", "--kills", "2")
+
+
+class Example:
+    """An example in a session of its own. Its runtime directory is made in ours, which is how its processes and names are found."""
+
+    def __init__(self, home: Path, script: str, *options: str) -> None:
+        self.home = home
+        home.mkdir()
+        self.output = home.parent / "output"
+        with open(self.output, "wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(EXAMPLES / script), *options],
+                env={**os.environ, "TMPDIR": str(home)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.directory = eventually(lambda: [entry.name for entry in os.scandir(home) if entry.is_dir()], what="its runtime directory")[0]
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that have our directory in their environment: children, brokers and keepers alike. Zombies have none."""
+        return [process for process in psutil.process_iter(["environ"]) if (process.info["environ"] or {}).get("TMPDIR") == str(self.home)]
+
+    def names(self) -> list[str]:
+        """In /dev/shm."""
+        prefix = f"mppool-{scope_of(str(self.home / self.directory / 'broker.sock'))}"
+        return memory.names(prefix) + memory.names(f"sem.{prefix}")
+
+    def ends(self) -> int:
+        code = self.process.wait(40)
+        eventually(lambda: not self.processes(), what="processes left over")
+        return code
+
+    def kill(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+        for name in self.names():
+            os.unlink(f"{memory.SHM}/{name}")
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Not pytest's own: with that the path of a broker's socket would be too long."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory, "home")
+
+
+@pytest.fixture
+def demo(home: Path) -> Iterator[Example]:
+    demo = Example(home, "prefork_echo.py", *SMALL)
+    yield demo
+    demo.kill()
+
+
+@pytest.fixture
+def ten_consumers(home: Path) -> Iterator[Example]:
+    example = Example(home, "ten_consumers.py")
+    yield example
+    example.kill()
+
+
+def test_the_demo_holds_what_it_promises(demo: Example) -> None:
+    """Workers and broker killed under load: the cap holds, nothing is crossed or lost, nothing is left."""
+    assert demo.ends() == 0, demo.said()
+    said = demo.said()
+    found = dict(re.findall(r"^([a-z ]+): +(\d+)", said, re.MULTILINE))
+    assert found["peak connections"] in ("3", "4")
+    assert found["crossed replies"] == found["failed requests"] == found["workers that died by themselves"] == found["permits lost"] == "0"
+    assert int(found["requests"]) > 100
+    assert len(re.findall(r"worker \d+ killed: what it held came back after [\d.]+ ms", said)) == 2
+    assert re.search(r"dials: +\d+ \(2 sessions ended with a killed worker\)", said)
+    assert "broker killed: all sessions leased at once" in said
+    assert re.search(r"broker \d+ started: it answers after [\d.]+ ms", said)
+    assert said.endswith("left behind: nothing\nall is well\n")
+    assert demo.names() == os.listdir(demo.home) == []
+
+
+def test_ten_consumers_wait_and_are_woken(ten_consumers: Example) -> None:
+    """Everybody is served, whoever waits is woken, the broken connection is replaced, five is never exceeded."""
+    assert ten_consumers.ends() == 0, ten_consumers.said()
+    said = ten_consumers.said()
+    waited = re.findall(r"^consumer (\d+) waits$", said, re.MULTILINE)
+    woken = re.findall(r"^consumer (\d+) is woken after \d+ ms and has connection \d$", said, re.MULTILINE)
+    assert len(waited) >= 5  # ten, unless some come so late that others have gone
+    assert sorted(waited) == sorted(woken)
+    assert len(woken) + len(re.findall(r"has at once connection \d$", said, re.MULTILINE)) == 20
+    assert "{'peer_closed': 1}; the server has connections [1, 3, 4, 5, 6], had 5 at most and 6 in all" in said
+    assert ten_consumers.names() == os.listdir(ten_consumers.home) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_an_interrupted_demo_leaves_nothing(demo: Example, number: signal.Signals) -> None:
+    """In mid-load: no process, no socket, no directory, no name in /dev/shm remains, not even after SIGKILL."""
+    eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
+    assert demo.names() != []
+    demo.process.send_signal(number)
+    assert demo.ends() == (-number if number == signal.SIGKILL else 128 + number)
+    assert demo.names() == os.listdir(demo.home) == []
+    assert "Traceback" not in demo.said()
+
+
+def test_gc_removes_what_a_killed_demo_leaves(demo: Example) -> None:
+    """With the one that cleans up killed too, every process still ends, and ``mppool gc`` removes the names."""
+    eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
+    os.killpg(demo.process.pid, signal.SIGKILL)
+    assert demo.ends() == -signal.SIGKILL
+    left = {name.removeprefix("sem.").partition(".")[0] for name in demo.names()}
+    done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
+    assert left <= {removed["pool"] for removed in json.loads(done.stdout)["removed"]}
+    assert demo.names() == []
+    assert os.listdir(demo.home / demo.directory) == []
