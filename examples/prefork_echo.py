@@ -30,22 +30,25 @@ import mppool
 
 
 def front(listener: socket.socket, pool: mppool.Pool, workers: int, deaths: socket.socket) -> None:
-    """The parent: keeps so many workers alive, and tells which ones died. It never uses the pool itself."""
+    """The parent: keeps so many workers alive until SIGTERM, and tells which ones died. It never uses the pool itself."""
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # from here on they wait for sigwait, so that none is lost
     pids = {start(worker, listener, pool) for _ in range(workers)}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        while True:
-            pid, _ = os.wait()
+    while signal.sigwait(signals) == signal.SIGCHLD:
+        for pid in ended(pids):
             deaths.send(b"%d" % pid)
-            pids.remove(pid)
             pids.add(start(worker, listener, pool))
-    finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        for pid in pids:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)  # somebody may have stopped it
+    wait_until(lambda: not ended(pids) and not pids)  # who has not ended by then is killed with us
+
+
+def ended(pids: set[int]) -> set[int]:
+    """Those that have ended; they are no longer among ``pids``."""
+    gone = {pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]}
+    pids -= gone
+    return gone
 
 
 def worker(listener: socket.socket, pool: mppool.Pool) -> None:

@@ -63,15 +63,19 @@ class Demo:
         self.watch(0.3 * seconds)
 
     def kill_worker(self) -> None:
-        """SIGKILL a worker that holds a session just now."""
-        mine = os.getpid()
-        workers = [worker for worker in self.pool.get_stats()["workers"] if worker["pid"] != mine]
-        victim = random.choice([worker for worker in workers if worker["leases"]] or workers)["pid"]
+        """SIGKILL a worker that holds a session just now: it is stopped first, so that it cannot give it back in the last moment."""
+        while True:
+            victim = random.choice(self.workers())["pid"]
+            os.kill(victim, signal.SIGSTOP)
+            if any(worker["pid"] == victim and worker["leases"] for worker in self.workers()):
+                break
+            os.kill(victim, signal.SIGCONT)
+            time.sleep(0.001)
         self.judged()
         killed = self.last_kill = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         self.kills += 1
-        wait_until(lambda: all(worker["pid"] != victim for worker in self.pool.get_stats()["workers"]))
+        wait_until(lambda: all(worker["pid"] != victim for worker in self.workers()))
         cleared = (time.monotonic() - killed) * 1000
         self.say(f"worker {victim} killed: what it held came back after {cleared:.1f} ms, all sessions leased at once after {self.lease_all(killed):.1f} ms")
 
@@ -107,6 +111,10 @@ class Demo:
                     connections.add(connection)
         self.short = max(self.short, self.options.cap - len(connections))
         return milliseconds
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Those of the server: this process uses the pool, too."""
+        return [worker for worker in self.pool.get_stats()["workers"] if worker["pid"] != os.getpid()]
 
     # What is shown.
 
@@ -150,10 +158,9 @@ class Demo:
             self.say("; ".join(lines))
             return
         table = Table("worker", "leases", "idle cached", "state", title=f"{self.options.workers} workers, one pool")
-        for worker in stats["workers"]:
-            if worker["pid"] != os.getpid():
-                state = "dead" if not worker["alive"] else "asks" if worker["leases"] else "waits" if worker["waiting"] else "accepts"
-                table.add_row(str(worker["pid"]), str(worker["leases"]), str(worker["idle_cached"]), state)
+        for worker in self.workers():
+            state = "dead" if not worker["alive"] else "asks" if worker["leases"] else "waits" if worker["waiting"] else "accepts"
+            table.add_row(str(worker["pid"]), str(worker["leases"]), str(worker["idle_cached"]), state)
         self.live.update(Group(table, *lines), refresh=True)
 
     def finish(self) -> bool:

@@ -32,6 +32,7 @@ def start(work: Callable[..., None], *args: Any) -> int:
         end_with(parent, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo, which ends the others in order
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         work(*args)
         code = 0
     except SystemExit:
