@@ -26,6 +26,7 @@ import mppool
 from mppool.kernel import link, memory
 from mppool.kernel.runtime import pool_id, scope_of
 from mppool.options import MAX_SLOTS
+from mppool.table import VERSION as TABLE_VERSION
 from mppool.table import W_SLOTS, W_VERSION, lock_path, slots_for
 from mppool.table import _size as size_of_table
 from mppool.wire import WIRE_VERSION, Kind, Message, decode, encode
@@ -647,7 +648,7 @@ def test_a_worker_with_somebody_elses_row(broker: BrokerProcess, server: Judge, 
 @pytest.mark.parametrize(
     ("word", "value", "said"),
     [
-        (W_VERSION, 99, r"has version 99, this mppool speaks 1; end its workers, then mppool gc$"),
+        (W_VERSION, 99, rf"has version 99, this mppool speaks {TABLE_VERSION}; end its workers, then mppool gc$"),
         (W_SLOTS, 1 << 60, r"is damaged or from before a reboot; end its workers, then mppool gc$"),
         (W_SLOTS, 0, r"is damaged or from before a reboot; end its workers, then mppool gc$"),
     ],

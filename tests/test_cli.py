@@ -58,7 +58,10 @@ def start() -> Iterator[Start]:
     yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()  # not read to its end: a child that should have ended may have it, too
 
 
 def broker_pid(path: str) -> int:
@@ -173,10 +176,13 @@ def test_idle_exit_waits_for_the_last_worker(start: Start, server: Judge, socket
     assert process.wait(10) == 0
 
 
-@pytest.mark.parametrize("seconds", ["-1", "soon"])
-def test_idle_exit_must_be_seconds(socket_path: str, seconds: str) -> None:
-    """A negative time, or none, is refused with option and value."""
-    done = mppool_("broker", "--socket", socket_path, "--idle-exit", seconds)
+NAN = pytest.param("nan", marks=pytest.mark.xfail(strict=True, reason="FloatRange(min=0) lets NaN through: the broker would never end"))
+
+
+@pytest.mark.parametrize("seconds", ["-1", "soon", NAN])
+def test_idle_exit_must_be_seconds(seconds: str) -> None:
+    """A negative time, NaN or none is refused with option and value, before anything else is looked at."""
+    done = mppool_("broker", "--socket", "/no/such/directory/b.sock", "--idle-exit", seconds)
     assert done.returncode == 2
     assert "--idle-exit" in done.stderr
     assert seconds in done.stderr
@@ -350,9 +356,13 @@ def test_run_ends_everything_when_it_is_killed(start: Start, socket_path: str) -
     broker = psutil.Process(broker_pid(socket_path))
     process.kill()
     process.wait()
-    for child in (command, broker):
-        eventually(lambda child=child: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
-    eventually(lambda: not os.path.exists(socket_path))
+    try:
+        for child in (command, broker):
+            eventually(lambda child=child: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
+        eventually(lambda: not os.path.exists(socket_path))
+    finally:
+        if command.is_running():
+            command.kill()
 
 
 def test_run_uses_a_broker_that_is_there(broker: BrokerProcess, socket_path: str) -> None:
@@ -597,8 +607,7 @@ def test_resize_shrinks_idle_sessions(broker: BrokerProcess, server: Judge, sock
             pool.putconn(sock)
         eventually(lambda: server.counts()["live"] <= 1)
         stats = eventually(lambda: [stats for stats in [pool.get_stats()] if stats["size"] <= 1])[0]
-        assert stats["max_size"] == 1
-        assert set(stats["closed"]) == {"drained"}
+        assert (stats["size"], stats["max_size"], stats["closed"]) == (1, 1, {"drained": 3})
 
 
 def test_resize_works_without_a_broker(server: Judge, socket_path: str) -> None:

@@ -33,7 +33,7 @@ def test_what_is_encoded_is_decoded(kind: Kind) -> None:
 def test_the_head_is_sixteen_bytes() -> None:
     """Version, kind, flags, descriptors, number and serial, little-endian: the format is a promise between two versions."""
     data = encode(Message(Kind.SHARE, 0x01020304, 0x1112131415161718, 2, b"body"), 1)
-    assert data == bytes([1, 4, 2, 1, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11]) + b"body"
+    assert data == bytes([wire.WIRE_VERSION, 4, 2, 1, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11]) + b"body"
 
 
 def test_the_largest_baggage_fits() -> None:
@@ -57,6 +57,16 @@ def test_another_wire_version_is_refused(version: int) -> None:
     data = bytes([version]) + encode(Message(Kind.HELLO))[1:]
     with pytest.raises(ProtocolError, match=f"wire version {version}, this mppool speaks {wire.WIRE_VERSION}"):
         decode(data, 0)
+
+
+def test_another_version_of_ours_is_told_from_nonsense() -> None:
+    """The version's upper half says that it is us: what begins so may be a broker of another version, anything else is none."""
+    ours = encode(Message(Kind.REFUSED, body=b"no"))
+    with pytest.raises(wire.OtherVersion):
+        decode(bytes([wire.WIRE_VERSION + 1]) + ours[1:], 0)
+    with pytest.raises(ProtocolError) as caught:
+        decode(bytes([wire.WIRE_VERSION ^ 0x80]) + ours[1:], 0)
+    assert not isinstance(caught.value, wire.OtherVersion)
 
 
 @pytest.mark.parametrize("kind", [0, max(Kind) + 1, 255])
