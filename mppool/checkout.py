@@ -121,6 +121,8 @@ def count_wait(worker: Worker, seconds: float) -> None:
     worker.bump(R_WAITS)
     worker.bump(R_WAIT_US, int(seconds * 1e6))
     worker.waited(seconds)
+    worker.turns += 1
+    worker.credit = worker.turns % 2
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:

@@ -104,7 +104,7 @@ class Pool:
             worker = self._enter()
         words = worker.words
         ready = None
-        if not words[W_ATTENTION]:
+        if not words[W_ATTENTION] or worker.may_overtake():
             try:
                 ready = worker.ready.pop()
                 entry, lane = ready

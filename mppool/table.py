@@ -418,7 +418,7 @@ def remove_names(ident: str) -> list[str]:
     """Remove a pool's table and semaphores, the table last; the caller holds the creation lock and knows that nobody is there."""
     count = semaphores.unlink_all(f"/{ident}.")
     gone = [f"{count} semaphores"] if count else []
-    if memory.exists(f"/{ident}.table"):
+    if memory.names(f"{ident}.table"):  # ours, that is
         memory.unlink(f"/{ident}.table")
         gone.append("table")
     return gone
