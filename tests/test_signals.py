@@ -36,6 +36,10 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+# A socket that an exception overtook between its making and its keeping is closed by the interpreter, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
 @pytest.fixture(params=[False, True], ids=["alone", "broker"])
 def path(request: pytest.FixtureRequest, socket_path: str) -> str:
     if request.param:
