@@ -90,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, Server(("127.0.0.1", 0), Connection) as server:
         path = f"{directory}/broker.sock"
         command = [sys.executable, "-m", "mppool", "broker", "--socket", path]
-        with subprocess.Popen(command, preexec_fn=end_with_parent) as broker:  # noqa: PLW1509 (no threads yet)
+        with subprocess.Popen(command, preexec_fn=end_with_parent) as broker:
             try:
                 while not os.path.exists(path) and broker.poll() is None:
                     time.sleep(0.01)

@@ -63,7 +63,7 @@ class Broker:
         """Take over what is there, then listen."""
         check_descriptors(1024, "the broker")
         self.poller = select.epoll()
-        self.handlers: dict[int, Callable[[], None]] = {}
+        self.handlers: dict[int, Callable[[], object]] = {}
         self.desks: dict[str, Desk] = {}
         self.keeper: socket.socket | None = None
         self.unkept: list[tuple[Desk, int, Duplicate]] = []
@@ -78,7 +78,7 @@ class Broker:
 
     # The loop.
 
-    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def watch(self, fd: int, handler: Callable[[], object]) -> None:
         self.handlers[fd] = handler
         self.poller.register(fd, select.EPOLLIN)
 
@@ -472,7 +472,7 @@ def serve(path: str, idle_exit: float | None, ready: Callable[[], None], parent:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, broker.stop)
-    broker.watch(reader.fileno(), lambda: None if reader.recv(64) else None)
+    broker.watch(reader.fileno(), lambda: bool(reader.recv(64)))
     if parent is not None:
         broker.watch(parent, broker.stop)
     ready()

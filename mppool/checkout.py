@@ -24,7 +24,7 @@ from mppool.returning import discard
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story
-from mppool.table import R_TIMEOUTS, R_CLAIMED, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
+from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import Entry, Hands, Ready, Worker
 
 __all__ = ["checkout"]

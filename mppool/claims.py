@@ -47,7 +47,7 @@ _KIND = 7
 class Slot:
     """A slot's places, worked out once per process, and its token. Owns nothing that a fork could harm."""
 
-    __slots__ = ("expires_at", "give", "k", "limbo", "since_at", "state_at", "take", "token", "trying", "uses_at", "held", "granted")
+    __slots__ = ("expires_at", "give", "granted", "held", "k", "limbo", "since_at", "state_at", "take", "token", "trying", "uses_at")
 
     def __init__(self, table: Table, k: int) -> None:
         self.k = k

@@ -24,10 +24,10 @@ from mppool.reclaim import PAUSE, Reclaimer, free_slot
 from mppool.states import CloseReason, State
 from mppool.table import (
     H_WAITERS,
+    R_CLAIMED,
     R_CLOSED,
     R_INCARNATION,
     R_PID,
-    R_CLAIMED,
     W_BEAT,
     W_CLOSE_TIMEOUT,
     W_EPOCH,

@@ -54,13 +54,6 @@ class DialFailed(Error, ConnectionError):
         super().__init__(message)
         self.permanent = permanent
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _dial_failed, (self.args[0], self.permanent)
-
-
-def _dial_failed(message: str, permanent: bool) -> DialFailed:
-    return DialFailed(message, permanent=permanent)
-
 
 class BrokerUnavailable(Error):
     """A broker is required and cannot be had: it would not start, speaks another version, or belongs to another user."""

@@ -9,6 +9,7 @@ from mppool.kernel import link
 
 __all__ = ["ensure_broker"]
 
+START = 20  # seconds
 IDLE_EXIT = 30  # seconds without workers after which a broker that was started by one ends
 
 
@@ -22,7 +23,10 @@ def ensure_broker(path: str) -> None:
     import subprocess  # only here: `import mppool` is part of every worker's start
 
     command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", str(IDLE_EXIT), "--background"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=20)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START)
+    except subprocess.TimeoutExpired as error:
+        raise BrokerUnavailable(f"broker={path!r}: autostart: no broker within {START} s") from error
     if done.returncode not in (0, ALREADY_RUNNING):
         said = done.stderr.decode(errors="replace").strip()
         raise BrokerUnavailable(f"broker={path!r}: autostart failed with exit code {done.returncode}: {said}")

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from mppool.errors import Error, OptionError
 from mppool.kernel.locks import LockFile
 from mppool.kernel.semaphores import BusyError
+from mppool.states import State
 from mppool.table import (
     DIAL,
     H_FLAGS,
@@ -38,7 +39,6 @@ from mppool.table import (
     W_RETRY_AT,
     Table,
 )
-from mppool.states import State
 
 __all__ = ["Permits"]
 

@@ -72,6 +72,8 @@ class Pool:
         if sum(given is not None for given in (dial, driver)) + (target is not None and driver is None) != 1:
             raise OptionError(f"target={target!r}, dial={dial!r}, driver={driver!r}: expected a target, or dial=, or driver=")
         if driver is not None:
+            if not callable(getattr(driver, "dial", None)) or not callable(getattr(driver, "key", None)):
+                raise OptionError(f"driver={driver!r}: expected a driver, see mppool.drivers.base.Driver")
             self._driver, self.target = driver, str(target) if target is not None else ""
         elif dial is not None:
             if not callable(dial):
@@ -102,6 +104,8 @@ class Pool:
         worker = self._worker
         if worker is None or not worker.guard[0]:
             worker = self._enter()
+        if timeout is not None:
+            check_timeout(timeout, 0)
         words = worker.words
         ready = None
         if not words[W_ATTENTION] or worker.may_overtake():

@@ -18,7 +18,7 @@ from mppool.claims import Evidence, Slot
 from mppool.kernel.locks import LockFile
 from mppool.permits import Permits
 from mppool.states import CloseReason, State
-from mppool.table import R_ATTACHED, R_CLOSED, R_PID, R_CLAIMED, R_WAITING, Row, Table, row_is_alive
+from mppool.table import R_ATTACHED, R_CLAIMED, R_CLOSED, R_PID, R_WAITING, Row, Table, row_is_alive
 
 __all__ = ["PAUSE", "Reclaimer", "free_slot"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import _socket
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from mppool.worker import Line
@@ -69,6 +69,6 @@ class Pause:
     seconds: float
 
 
-Request = Union[Dial, Attach, Call, Close, Receive, Ended, Pause]
+Request = Dial | Attach | Call | Close | Receive | Ended | Pause
 T = TypeVar("T")
 Story = Generator[Request, Any, T]

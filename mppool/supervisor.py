@@ -47,6 +47,7 @@ class Supervisor:
         self.command = command
         self.broker: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
+        self.early: list[int] = []  # signals that came before the command ran
         self.started = 0.0
         self.failures = 0
         self.restart_at: float | None = None
@@ -60,6 +61,8 @@ class Supervisor:
             previous = {number: signal.signal(number, self.forward) for number in FORWARDED}
             environment = {**os.environ, "MPPOOL_BROKER": self.path}
             self.worker = subprocess.Popen(self.command, env=environment, preexec_fn=dies_with(mine, signal.SIGTERM))
+            for number in self.early:
+                self.worker.send_signal(number)
             while self.worker.poll() is None:
                 self.watch_broker()
                 self.wait_for_a_child()
@@ -71,7 +74,9 @@ class Supervisor:
             self.stop_broker()
 
     def forward(self, number: int, _frame: object) -> None:
-        if self.worker is not None and self.worker.poll() is None:
+        if self.worker is None:
+            self.early.append(number)  # it is just being started
+        elif self.worker.poll() is None:
             self.worker.send_signal(number)
 
     def wait_for_a_child(self) -> None:

@@ -52,7 +52,7 @@ def start() -> Iterator[Start]:
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen([*MPPOOL, *arguments], stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, preexec_fn=die_with_parent))  # noqa: PLW1509
+        started.append(subprocess.Popen([*MPPOOL, *arguments], stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, preexec_fn=die_with_parent))
         return started[-1]
 
     yield begin

@@ -41,7 +41,7 @@ def pool(request: pytest.FixtureRequest, server: Judge, socket_path: str) -> mpp
 
 def test_a_pool_made_before_the_fork_works_in_every_child(server: Judge, pool: mppool.Pool) -> None:
     """As with gunicorn --preload: made once, used by every child, capped over all."""
-    with fork(*(lambda child, name=name: asking(pool, name, 50) for name in "abcdef")) as children:  # type: ignore[misc]
+    with fork(*(lambda child, name=name: asking(pool, name, 50) for name in "abcdef")) as children:
         for child in children:
             child.result()
     assert server.counts()["peak"] <= 2
@@ -52,7 +52,7 @@ def test_a_pool_made_before_the_fork_works_in_every_child(server: Judge, pool: m
 def test_a_pool_used_before_the_fork_works_in_every_child(server: Judge, pool: mppool.Pool) -> None:
     """The parent's sessions stay the parent's: used before, meanwhile and after."""
     asking(pool, "before")
-    with fork(*(lambda child, name=name: asking(pool, name, 50) for name in "abcd")) as children:  # type: ignore[misc]
+    with fork(*(lambda child, name=name: asking(pool, name, 50) for name in "abcd")) as children:
         asking(pool, "meanwhile", 50)
         for child in children:
             child.result()
@@ -176,7 +176,9 @@ def test_subprocesses_inherit_nothing(server: Judge, pool: mppool.Pool) -> None:
     """No descriptor of ours survives an exec."""
     with pool.connection() as sock:
         ask(sock, "a")
-        before = {link for link in subprocess.check_output([sys.executable, "-c", LIST], close_fds=False, text=True).split() if "socket" in link or "mppool" in link}
+        before = {
+            link for link in subprocess.check_output([sys.executable, "-c", LIST], close_fds=False, text=True).split() if "socket" in link or "mppool" in link
+        }
     pool.close()
     ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
     assert not {link for link in before if "mppool" in link}

@@ -96,7 +96,7 @@ class Redis:
 def redis(tmp_path: Path) -> Iterator[Redis]:
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as process:  # noqa: PLW1509 (no threads yet)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as process:
         try:
             eventually(lambda: process.poll() is not None or listens(port), what="redis-server does not listen")
             assert process.poll() is None, f"redis-server ended with exit code {process.returncode}"
@@ -161,7 +161,7 @@ class Site:
         gunicorn = [sys.executable, "-m", "gunicorn", "--preload", "-c", str(EXAMPLE / "gunicorn.conf.py"), "--chdir", str(EXAMPLE), "app:app"]
         command = [sys.executable, "-m", "mppool", "run", "--socket", path, "--", *gunicorn]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)  # noqa: PLW1509 (no threads yet)
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)
         eventually(lambda: self.process.poll() is not None or len(self.workers()) == WORKERS, 15, what="gunicorn's workers")
         assert self.process.poll() is None, self.log.read_text()
         eventually(lambda: listens(self.port), what="gunicorn listens")

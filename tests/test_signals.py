@@ -120,8 +120,11 @@ def test_exceptions_at_random_moments_never_break_the_cap(server: Judge, path: s
 
 
 def test_a_handler_may_use_the_pool(server: Judge, path: str) -> None:
-    """A handler that itself borrows, in the middle of anything, disturbs nothing."""
-    with mppool.Pool(server.address, max_size=3, broker=path) as pool:
+    """A handler that itself borrows, in the middle of a checkout or a return, disturbs nothing.
+
+    (Not of a dial: what the interrupted dial holds, it cannot give up before the handler is done.)
+    """
+    with mppool.Pool(server.address, max_size=3, min_size=3, broker=path) as pool:
         calls, busy = 0, False
 
         def borrow(number: int, frame: FrameType | None) -> None:

@@ -96,7 +96,7 @@ class Broker:
         parent = os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mppool", "broker", "--socket", self.path],
-            preexec_fn=lambda: end_with(parent, signal.SIGTERM),  # noqa: PLW1509 (no threads here)
+            preexec_fn=lambda: end_with(parent, signal.SIGTERM),
             start_new_session=True,  # Ctrl-C is for the demo
         )
         while not self.answers():

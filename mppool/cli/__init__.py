@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
 import sys
 from typing import Any, NoReturn
 
@@ -53,6 +55,8 @@ def broker(socket: str | None, background: bool, idle_exit: float | None, verbos
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = socket_path(socket)
+    if idle_exit is not None and math.isnan(idle_exit):
+        raise click.BadParameter("expected seconds, 0 or more", param_hint="--idle-exit")
     if background:
         go_to_background(path, idle_exit)
     try:
@@ -104,10 +108,11 @@ def run(socket: str | None, command: tuple[str, ...]) -> None:
     check_directory(path, create=True)
     try:
         sys.exit(Supervisor(path, list(command)).run())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         fail(f"COMMAND {command[0]!r}: {error.strerror}", 127)
     except PermissionError as error:
-        fail(f"COMMAND {command[0]!r}: {error.strerror}", 126)
+        found = os.sep in command[0] or shutil.which(command[0], mode=os.F_OK) is not None  # else a directory of $PATH is closed to us
+        fail(f"COMMAND {command[0]!r}: {error.strerror}", 126 if found else 127)
 
 
 @cli.command(epilog=EXIT_CODES)

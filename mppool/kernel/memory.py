@@ -23,7 +23,7 @@ SHM = "/dev/shm"
 class SharedWords:
     """A mapping of a shared memory object: ``mem`` for bytes, ``words`` for 8-byte words. Owns no descriptor."""
 
-    __slots__ = ("mem", "halves", "words")
+    __slots__ = ("halves", "mem", "words")
 
     def __init__(self, mem: mmap.mmap) -> None:
         self.mem = mem

@@ -44,4 +44,3 @@ def check_descriptors(needed: int, what: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return
     raise Error(f"too few file descriptors: {what} needs {wanted}, RLIMIT_NOFILE allows {hard}; raise it (ulimit -n {wanted})")
-

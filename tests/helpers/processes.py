@@ -117,7 +117,7 @@ class BrokerProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "mppool", "broker", "--socket", self.path, *self.options]
-        process = subprocess.Popen(command, preexec_fn=die_with_parent)  # noqa: PLW1509
+        process = subprocess.Popen(command, preexec_fn=die_with_parent)
         eventually(lambda: process.poll() is not None or answers(self.path))
         assert process.poll() is None, f"the broker ended with exit code {process.returncode}"
         return process
