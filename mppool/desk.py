@@ -50,6 +50,7 @@ log = logging.getLogger("mppool.broker")
 
 IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)
 LOOK_AGAIN = 0.003  # seconds, doubled up to the broker's tick
+DYING = 0.02  # seconds within which the kernel closes all that a dead process had open, one after the other
 RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is given to somebody else
 
 
@@ -135,6 +136,7 @@ class Desk:
         self.dead: set[int] = set()
         self.look_at = 0.0  # when to look at dead rows again that could not be settled
         self.look_pause = LOOK_AGAIN
+        self.dying_until = 0.0  # a link ended a moment ago: its process may be about to let go of its row
         self.unused_since = time.monotonic()
         self.seen = [(0, 0)] * table.slots  # uses of each slot, and when they were first seen to be so many
         # What an earlier broker said means nothing until it is proved again.
@@ -170,7 +172,8 @@ class Desk:
         self.links.discard(link)
         self.rights.pop(link, None)
         self.strike(link)
-        if link.row not in self.dead and not row_is_alive(self.lock, link.row):
+        if link.row not in self.dead:
+            self.dying_until = time.monotonic() + DYING
             self.look_for_dead()
         self.serve()
 
@@ -512,6 +515,8 @@ class Desk:
             moments.append(self.cases_due)
         elif self.dead:
             moments.append(self.look_at)
+        if self.dying_until > time.monotonic():
+            moments.append(time.monotonic() + 0.001)
         if self.queue and self.words[W_FAILURES]:
             moments.append(max(self.words[W_RETRY_AT] / 1e9, time.monotonic() + 0.002))
         return min(moments, default=float("inf"))
@@ -523,7 +528,7 @@ class Desk:
         if self.cases:
             if now >= self.cases_due:
                 self.judge()
-        elif self.dead and now >= self.look_at:
+        elif (self.dead and now >= self.look_at) or self.dying_until > now:
             self.look_for_dead()
         if self.closing:
             self.finish_closing()

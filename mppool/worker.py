@@ -308,13 +308,13 @@ class Worker:
         return entry
 
     def forget(self, entry: Entry) -> None:
-        """Let go of our duplicate of a session that has ended, or goes on without us."""
+        """Let go of a session that has ended: whatever its driver still says to the server reaches nobody."""
         if self.entries.get(entry.slot.k) is entry:
             del self.entries[entry.slot.k]
             self.words[self.row.at + R_ATTACHED] = len(self.entries)
         self.unlist(entry)
         entry.close()
-        self.driver.abort(entry.conn)
+        self.driver.close(entry.conn)
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
         """The session that ``lane`` holds goes to the user; from here on the lease owns the lane."""

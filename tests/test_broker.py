@@ -1,0 +1,324 @@
+"""What the broker does for workers, and what happens when it, its keeper or a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+import mppool
+from mppool.kernel import memory
+from mppool.kernel.runtime import scope_of
+from tests.conftest import processes_of
+from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
+from tests.helpers.server import Judge, ask
+
+
+def keeper_of(path: str) -> psutil.Process | None:
+    return next((process for process in processes_of(path) if "mppool.keeper" in process.cmdline()), None)
+
+
+def hold(pool: mppool.Pool, count: int) -> Any:
+    """A child that leases so many sessions, and returns them when it is told to; then it sleeps."""
+
+    def work(child: Child) -> None:
+        sessions = [pool.getconn(timeout=10) for _ in range(count)]
+        for n, session in enumerate(sessions):
+            ask(session, f"hold{n}")
+        child.tell("held")
+        child.hear()
+        for session in sessions:
+            pool.putconn(session)
+        child.tell("idle")
+        time.sleep(60)
+
+    return work
+
+
+def test_sessions_move_between_processes(server: Judge, broker: BrokerProcess) -> None:
+    """What one process dialed another uses, without a dial."""
+    pool = mppool.Pool(server.address, max_size=3, name="p", broker=broker.path)
+    with fork(hold(pool, 3)) as (child,):
+        child.hear()
+        child.tell()
+        child.hear()
+        numbers = set()
+        sessions = [pool.getconn(timeout=2) for _ in range(3)]
+        for n, session in enumerate(sessions):
+            numbers.add(ask(session, f"n{n}"))
+            pool.putconn(session)
+        assert numbers == {1, 2, 3}
+        assert server.counts()["dials"] == 3
+    pool.close()
+
+
+def test_sixteen_workers_on_four_sessions(server: Judge, broker: BrokerProcess) -> None:
+    """16 workers, cap 4, requests of half a millisecond: peak 4, at most 6 dials, nothing crossed, every worker within 2x of every other."""
+    pool = mppool.Pool(server.address, max_size=4, name="sixteen", broker=broker.path)
+
+    def work(child: Child) -> int:
+        child.hear()
+        n = 0
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            n += 1
+            with pool.connection(timeout=10) as sock:
+                ask(sock, f"{os.getpid()}-{n}", 0.5)
+        return n
+
+    with fork(*[work] * 16) as children:
+        for child in children:
+            child.tell()
+        counts = [child.result() for child in children]
+    judged = server.counts()
+    print(f"\npeak {judged['peak']}, dials {judged['dials']}, requests {judged['requests']}, per worker {min(counts)} to {max(counts)}")
+    assert judged["peak"] == 4
+    assert judged["dials"] <= 6
+    assert max(counts) <= 2 * min(counts)
+
+
+def test_a_killed_workers_lease_comes_back(server: Judge, broker: BrokerProcess) -> None:
+    """SIGKILL in mid-lease: the session is shut down, never lent again, and its permit serves who waits."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+    with fork(hold(pool, 1)) as (child,):
+        child.hear()
+        took: list[float] = []
+
+        def wait() -> None:
+            with pool.connection(timeout=10) as sock:
+                took.append(time.monotonic())
+                assert ask(sock, "next") == 2
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        eventually(lambda: pool.get_stats()["waiting"] == 1)
+        began = time.monotonic()
+        child.kill()
+        waiting.join()
+        print(f"\nserved {1000 * (took[0] - began):.1f} ms after the SIGKILL")
+    assert pool.get_stats()["closed"] == {"owner_died": 1}
+    assert server.counts()["peak"] <= 2
+    pool.close()
+
+
+def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProcess) -> None:
+    """Waiters of several processes are served in the order they came."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def work(child: Child) -> None:
+        pool.open()
+        child.hear()
+        sock = pool.getconn(timeout=20)
+        child.tell("served")
+        ask(sock, "x")
+        child.hear()
+        pool.putconn(sock)
+        child.hear()
+
+    held = pool.getconn()
+    with fork(*[work] * 5) as children:
+        for n, child in enumerate(children):
+            child.tell()
+            eventually(lambda n=n: pool.get_stats()["waiting"] == n + 1)  # type: ignore[misc]
+        pool.putconn(held)
+        for child in children:
+            assert child.hear() == "served"
+            child.tell()
+        for child in children:
+            child.tell()
+    pool.close()
+
+
+def test_workers_give_a_new_broker_their_sessions(server: Judge, socket_path: str) -> None:
+    """A worker that comes by gives the new broker what it has; from then on others can use it."""
+    pool = mppool.Pool(server.address, max_size=2, name="p", broker=socket_path)
+
+    def busy(child: Child) -> None:
+        while True:
+            with pool.connection(timeout=20) as sock:
+                ask(sock, "b", 1)
+
+    with fork(busy, busy) as _, broker_process(socket_path):
+        for n in range(20):
+            with pool.connection(timeout=10) as sock:
+                ask(sock, f"n{n}")
+        assert server.counts()["peak"] <= 2
+        pool.close()
+
+
+def test_the_keeper_carries_sessions_over_the_brokers_death(server: Judge, broker: BrokerProcess) -> None:
+    """Broker killed: the next one has all sessions again, even those of workers that are gone."""
+    pool = mppool.Pool(server.address, max_size=2, name="p", broker=broker.path)
+    pool.open()
+    with fork(hold(pool, 2)) as (child,):
+        child.hear()
+        child.tell()
+        child.hear()
+    broker.restart()
+    sessions = [pool.getconn(timeout=5) for _ in range(2)]
+    assert {ask(session, "x") for session in sessions} == {1, 2}
+    for session in sessions:
+        pool.putconn(session)
+    pool.close()
+
+
+def test_a_killed_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> None:
+    """Keeper killed: the broker starts another and fills it, which the broker's own death proves."""
+    pool = mppool.Pool(server.address, max_size=2, name="p", broker=broker.path)
+    with fork(hold(pool, 2)) as (child,):
+        child.hear()
+        child.tell()
+        child.hear()
+        pool.open()
+        keeper = eventually(lambda: keeper_of(broker.path))
+        keeper.kill()
+        eventually(lambda: (found := keeper_of(broker.path)) and found.pid != keeper.pid)
+        worker = pool._worker
+        assert worker is not None
+        eventually(lambda: all(worker.words[worker.table.shared_flag + k] for k in range(2)))
+    time.sleep(0.3)  # the new keeper has answered for both when the flags are set; the old flags may have stood until then
+    broker.restart()
+    sessions = [pool.getconn(timeout=5) for _ in range(2)]
+    assert {ask(session, "x") for session in sessions} == {1, 2}
+    for session in sessions:
+        pool.putconn(session)
+    pool.close()
+
+
+def test_broker_and_keeper_killed_at_once(server: Judge, broker: BrokerProcess) -> None:
+    """Nothing is over-counted: the cap holds, and sessions come back as their workers come by."""
+    pool = mppool.Pool(server.address, max_size=3, name="p", broker=broker.path)
+
+    def busy(child: Child) -> None:
+        while True:
+            with pool.connection(timeout=20) as sock:
+                ask(sock, "b", 1)
+
+    with fork(*[busy] * 4):
+        for _ in range(3):
+            time.sleep(0.3)
+            keeper = keeper_of(broker.path)
+            broker.process.kill()
+            if keeper is not None:
+                keeper.kill()
+            broker.restart()
+            for n in range(10):
+                with pool.connection(timeout=10) as sock:
+                    ask(sock, f"n{n}")
+        assert server.counts()["peak"] <= 3
+    sessions = [pool.getconn(timeout=10) for _ in range(3)]
+    for session in sessions:
+        pool.putconn(session)
+    assert server.counts()["peak"] <= 4  # one more for the instant a FIN travels
+    pool.close()
+
+
+def test_idle_sessions_are_evicted(server: Judge, broker: BrokerProcess) -> None:
+    """Sessions idle for max_idle are closed down to min_size, though nobody comes by."""
+    with mppool.Pool(server.address, max_size=3, min_size=1, max_idle=0.2, name="p", broker=broker.path) as pool:
+        for session in [pool.getconn() for _ in range(3)]:
+            pool.putconn(session)
+        eventually(lambda: pool.get_stats()["closed"] == {"idle_too_long": 2})
+        eventually(lambda: server.counts()["live"] == 1)
+
+
+def test_old_and_dead_idle_sessions_are_closed_by_the_broker(server: Judge, broker: BrokerProcess) -> None:
+    """An idle session past its lifetime, or ended by the server, goes within a tick."""
+    with mppool.Pool(server.address, max_size=2, max_lifetime=0.3, name="p", broker=broker.path) as pool:
+        pool.putconn(pool.getconn())
+        eventually(lambda: pool.get_stats()["closed"] == {"too_old": 1})
+    with mppool.Pool(server.address, max_size=2, name="q", broker=broker.path) as pool:
+        pool.putconn(pool.getconn())
+        server.close_all()
+        eventually(lambda: pool.get_stats()["closed"] == {"peer_closed": 1})
+
+
+def test_a_lease_that_lasts_too_long_is_shut_down(server: Judge, broker: BrokerProcess) -> None:
+    """With max_lease a stopped worker cannot keep a session for ever."""
+    with mppool.Pool(server.address, max_size=1, max_lease=0.2, name="p", broker=broker.path) as pool:
+        sock = pool.getconn()
+        assert sock.recv(1) == b""  # blocks until the broker shuts it down
+        pool.putconn(sock)
+        with pool.connection(timeout=5) as again:
+            assert ask(again, "x") == 2
+
+
+class Connection:
+    """A resident session with a descriptor, such as a TLS connection would be."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        import socket
+
+        self.sock = socket.create_connection(address)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def test_resident_sessions_are_ended_for_others(server: Judge, broker: BrokerProcess) -> None:
+    """An idle session that cannot move, in a sleeping process, gives way to a waiter elsewhere: the cap stays strict."""
+    pool = mppool.Pool(dial=lambda: Connection(server.address), name="resident", max_size=1, broker=broker.path)
+    with fork(hold_resident(pool)) as (child,):
+        child.hear()
+        with pool.connection(timeout=5) as mine:
+            assert ask(mine.sock, "x") == 2
+        assert server.counts()["peak"] == 1
+        assert pool.get_stats()["closed"] == {"evicted_for_other": 1}
+        child.tell()
+        assert child.hear() == 3
+    pool.close()
+
+
+def hold_resident(pool: mppool.Pool) -> Any:
+    def work(child: Child) -> None:
+        with pool.connection() as mine:
+            ask(mine.sock, "first")
+        child.tell()
+        child.hear()
+        with pool.connection(timeout=5) as mine:
+            child.tell(ask(mine.sock, "again"))
+        child.hear()
+
+    return work
+
+
+def test_autostart(server: Judge, socket_path: str) -> None:
+    """The first worker starts a broker; another process finds the same one."""
+    pool = mppool.Pool(server.address, max_size=1, name="auto", broker=socket_path, autostart=True)
+    with fork(hold(pool, 1)) as (child,):
+        child.hear()
+        child.tell()
+        child.hear()
+        with pool.connection(timeout=5) as sock:
+            assert ask(sock, "x") == 1
+        pool.close()
+    for process in processes_of(socket_path):
+        if "broker" in process.cmdline():
+            process.send_signal(signal.SIGTERM)
+
+
+def test_everything_killed_the_next_broker_starts_clean(server: Judge, socket_path: str) -> None:
+    """All processes killed at once leave names; the next broker removes them."""
+    pool = mppool.Pool(server.address, max_size=2, name="p", broker=socket_path)
+    broker = BrokerProcess(socket_path)
+    with fork(hold(pool, 2)) as (child,):
+        child.hear()
+        keeper = eventually(lambda: keeper_of(socket_path))
+        for pid in (keeper.pid, broker.pid, child.pid):
+            os.kill(pid, signal.SIGKILL)
+        broker.process.wait()
+        child.wait()
+    prefix = f"mppool-{scope_of(socket_path)}"
+    eventually(lambda: server.counts()["live"] == 0)
+    assert memory.names(prefix)
+    broker.restart()
+    eventually(lambda: not memory.names(prefix))
+    broker.stop()
