@@ -303,6 +303,9 @@ class Worker:
     def attach(self, k: int, conn: Any) -> Entry:
         """Keep a session that we hold, as dialed or fetched."""
         entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
+        older = self.entries.get(k)
+        if older is not None:
+            self.forget(older)
         self.entries[k] = entry
         self.words[self.row.at + R_ATTACHED] = len(self.entries)
         return entry
