@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import psutil
-import pytest
 
 import mppool
 from mppool.kernel import memory
