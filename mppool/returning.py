@@ -78,6 +78,7 @@ def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Stor
     worker = hands.worker
     worker.table.move(entry.slot.k, State.CLOSING)
     try:
+        entry.closed = True
         yield Close(entry.conn)
         if entry.sock is not None:
             entry.shutdown(socket.SHUT_WR)

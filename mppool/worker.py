@@ -109,13 +109,14 @@ class Entry:
     ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
     """
 
-    __slots__ = ("conn", "generation", "lent", "poll", "slot", "sock", "uses")
+    __slots__ = ("closed", "conn", "generation", "lent", "poll", "slot", "sock", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
         self.conn = conn
+        self.closed = False  # by its driver
         self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
         self.sock = duplicate(fd) if fd >= 0 else None
         self.poll: Callable[[int], list[tuple[int, int]]] = _nothing
@@ -317,7 +318,9 @@ class Worker:
             self.words[self.row.at + R_ATTACHED] = len(self.entries)
         self.unlist(entry)
         entry.close()
-        self.driver.close(entry.conn)
+        if not entry.closed:
+            entry.closed = True
+            self.driver.close(entry.conn)
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
         """The session that ``lane`` holds goes to the user; from here on the lease owns the lane."""
@@ -547,5 +550,4 @@ class Worker:
             hands.give(lane)
         else:
             self.table.move(k, State.CLOSING)
-            self.driver.close(entry.conn)
             hands.settle()

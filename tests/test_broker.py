@@ -13,6 +13,7 @@ import psutil
 import mppool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
+from mppool.table import H_WAITERS
 from tests.conftest import processes_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
@@ -123,7 +124,7 @@ def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProce
     with fork(*[work] * 5) as children:
         for n, child in enumerate(children):
             child.tell()
-            eventually(lambda n=n: pool.get_stats()["waiting"] == n + 1)  # type: ignore[misc]
+            eventually(lambda n=n: pool._worker.table.halves[H_WAITERS] == n + 1)  # type: ignore[misc, union-attr]
         pool.putconn(held)
         for child in children:
             assert child.hear() == "served"

@@ -56,7 +56,7 @@ def broker(socket: str | None, background: bool, idle_exit: float | None, verbos
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = socket_path(socket)
     if idle_exit is not None and math.isnan(idle_exit):
-        raise click.BadParameter("expected seconds, 0 or more", param_hint="--idle-exit")
+        raise click.BadParameter(f"{idle_exit} is no time; expected seconds, 0 or more", param_hint="--idle-exit")
     if background:
         go_to_background(path, idle_exit)
     try:
