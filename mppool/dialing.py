@@ -13,8 +13,8 @@ from mppool import claims
 from mppool.claims import Lane
 from mppool.conversation import share
 from mppool.errors import DialFailed, Error
-from mppool.returning import dial_lock, free, put_down
-from mppool.states import State
+from mppool.returning import dial_lock, discard, free, put_down
+from mppool.states import CloseReason, State
 from mppool.story import Call, Dial, Story
 from mppool.table import R_DIAL_FAILURES, R_DIALS, W_FAILURES, W_MAX_LIFETIME, W_MIN_SIZE
 from mppool.worker import Entry, Hands, Worker
@@ -43,8 +43,9 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
     except Exception as error:
         worker.bump(R_DIAL_FAILURES)
         if entry is not None:
-            worker.sever(entry)
-        yield from free(hands, lane, None)
+            yield from discard(hands, lane, entry, CloseReason.discarded)
+        else:
+            yield from free(hands, lane, None)
         yield from report(worker, error)
         if entry is not None:
             raise DialFailed(f"configure={worker.options.configure!r}: {type(error).__name__}: {error}") from error

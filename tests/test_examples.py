@@ -94,6 +94,7 @@ def test_the_demo_holds_what_it_promises(demo: Example) -> None:
     assert found["peak connections"] in ("3", "4")
     assert found["crossed replies"] == found["failed requests"] == found["workers that died by themselves"] == "0"
     assert found["dead workers not settled"] == found["permits lost"] == "0"
+    assert found["workers at the end"] == "4"
     assert int(found["requests"]) > 100
     assert len(re.findall(r"worker \d+ killed: all it had settled (?:after|not within) [\d.]+ ms, all sessions leased at once after [\d.]+ ms", said)) == 2
     assert re.search(r"dials: +\d+ \([12] sessions ended with a killed worker\)", said)
@@ -127,13 +128,23 @@ def test_an_interrupted_demo_leaves_nothing(demo: Example, number: signal.Signal
     assert "Traceback" not in demo.said()
 
 
-def test_gc_removes_what_a_killed_demo_leaves(demo: Example) -> None:
-    """With the one that cleans up killed too, every process still ends, and ``mppool gc`` removes the names."""
+def test_a_demo_killed_as_a_group_leaves_no_process(demo: Example) -> None:
+    """Without the one that cleans up: broker and keeper end, too, and take socket and names along."""
     eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
     os.killpg(demo.process.pid, signal.SIGKILL)
     assert demo.ends() == -signal.SIGKILL
+    assert os.listdir(demo.home / demo.directory) == []
+
+
+def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
+    """Every process killed at once, broker and keeper among them: names are left, and ``mppool gc`` removes them."""
+    eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in demo.processes():
+            process.send_signal(number)
+    assert demo.ends() == -signal.SIGKILL
     left = {name.removeprefix("sem.").partition(".")[0] for name in demo.names()}
+    assert len(left) == 1
     done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
     assert left <= {removed["pool"] for removed in json.loads(done.stdout)["removed"]}
     assert demo.names() == []
-    assert os.listdir(demo.home / demo.directory) == []

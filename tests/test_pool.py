@@ -198,6 +198,7 @@ def test_a_failing_configure_is_said(server: Judge, path: str) -> None:
         with pytest.raises(mppool.DialFailed, match=r"configure=.*no such setting"):
             pool.getconn(timeout=1)
         assert server.counts()["live"] == 0
+        assert pool.get_stats()["size"] == 0
 
 
 def test_lifetime_and_idle_time_are_kept(server: Judge, path: str) -> None:
