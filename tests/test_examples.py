@@ -129,11 +129,13 @@ def test_an_interrupted_demo_leaves_nothing(demo: Example, number: signal.Signal
 
 
 def test_a_demo_killed_as_a_group_leaves_no_process(demo: Example) -> None:
-    """Without the one that cleans up: broker and keeper end, too, and take socket and names along."""
+    """Without the one that cleans up: broker and keeper end, too, and take their sockets along; what names are left, ``mppool gc`` removes."""
     eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
     os.killpg(demo.process.pid, signal.SIGKILL)
     assert demo.ends() == -signal.SIGKILL
     assert os.listdir(demo.home / demo.directory) == []
+    collect_garbage()
+    assert demo.names() == []
 
 
 def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
@@ -145,6 +147,11 @@ def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
     assert demo.ends() == -signal.SIGKILL
     left = {name.removeprefix("sem.").partition(".")[0] for name in demo.names()}
     assert len(left) == 1
-    done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
-    assert left <= {removed["pool"] for removed in json.loads(done.stdout)["removed"]}
+    assert left <= collect_garbage()
     assert demo.names() == []
+
+
+def collect_garbage() -> set[str]:
+    """Run ``mppool gc``; the pools whose names it removed."""
+    done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
+    return {removed["pool"] for removed in json.loads(done.stdout)["removed"]}

@@ -187,8 +187,11 @@ class Demo:
             "requests lost with the killed worker": f"{lost} (at most one for each of {self.kills} kills)",
             "dead workers not settled": sum(not worker["alive"] for worker in self.workers()),
             "workers that died by themselves": self.died - self.kills,
+            "workers at the end": f"{len(self.workers())} (of {self.options.workers})",
             "permits lost": f"{self.short} (all {self.options.cap} leased at once in {last:.1f} ms at the end)",
         }
         for name, value in rows.items():
             self.console.print(f"{name + ':':<38} {value}", soft_wrap=True)
-        return not (self.above_cap or load["crossed"] or failed or self.short or unsettled or self.died != self.kills)
+        if load["crossed"] or failed or self.short or unsettled:
+            return False
+        return not self.above_cap and self.died == self.kills and len(self.workers()) == self.options.workers
