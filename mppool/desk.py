@@ -556,14 +556,15 @@ class Desk:
 
 
 def take_socket(fd: int) -> socket.socket | None:
-    """A received descriptor as a non-blocking socket; None (and it is closed) if it is not a socket's."""
+    """A received descriptor as a socket; None (and it is closed) if it is not a socket's.
+
+    Whether the connection blocks is left as it is: that belongs to everybody who has it, and a resident one may well block.
+    """
     try:
-        sock = socket.socket(fileno=fd)
+        return socket.socket(fileno=fd)
     except OSError:
         os.close(fd)
         return None
-    sock.setblocking(False)
-    return sock
 
 
 def shut(sock: socket.socket, how: int) -> None:

@@ -255,6 +255,7 @@ class Connection:
         import socket
 
         self.sock = socket.create_connection(address)
+        assert self.sock.gettimeout() is None, "a blocking socket: it must stay one, whoever has a duplicate"
 
     def fileno(self) -> int:
         return self.sock.fileno()

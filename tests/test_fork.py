@@ -118,7 +118,7 @@ def test_a_fork_while_another_thread_is_inside_a_checkout(server: Judge, pool: m
     for thread in threads:
         thread.start()
     try:
-        for name in range(10):
+        for name in range(5):
             with fork(lambda child, name=name: asking(pool, f"c{name}", 3)) as (child,):  # type: ignore[misc]
                 child.result()
     finally:

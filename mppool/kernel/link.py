@@ -100,6 +100,8 @@ def has_ended(sock: _socket.socket) -> bool:
     """After our side was shut down: has the server ended its own? Reads and drops what it still sends."""
     try:
         for _ in range(64):
+            if not wait_readable(sock.fileno(), 0):
+                return False  # asked first: a socket with a timeout would wait in spite of MSG_DONTWAIT
             if not sock.recv(65536, socket.MSG_DONTWAIT):
                 return True
     except BlockingIOError:
