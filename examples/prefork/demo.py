@@ -20,6 +20,8 @@ import mppool
 from prefork.echo import ask
 from prefork.processes import Broker, Helper, wait_until
 
+PATIENCE = 10  # seconds
+
 
 @dataclass
 class Demo:
@@ -40,7 +42,8 @@ class Demo:
     last_look: float = float("-inf")  # at the upstream's counts
     peak: int = 0
     above_cap: int = 0  # connections above what is allowed at the moment
-    short: int = 0  # sessions that could not be leased when all were asked for
+    late: int = 0  # sessions that could not be leased within PATIENCE under load
+    missing: int = 0  # sessions that could not be leased the last time when all were asked for
     upstream: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
@@ -104,15 +107,16 @@ class Demo:
         connections = set()
         with ExitStack() as leases:
             sessions: list[socket.socket] = []
-            with suppress(mppool.PoolTimeout):  # found short below
+            with suppress(mppool.PoolTimeout):  # found missing below
                 while len(sessions) < self.options.cap:
-                    sessions.append(leases.enter_context(self.pool.connection(timeout=5)))
+                    sessions.append(leases.enter_context(self.pool.connection(timeout=PATIENCE)))
             milliseconds = (time.monotonic() - since) * 1000
             for number, session in enumerate(sessions):
                 connection, _, echoed = ask(session, f"all.{number}").partition(" ")
                 if echoed == f"all.{number}":
                     connections.add(connection)
-        self.short = max(self.short, self.options.cap - len(connections))
+        self.missing = self.options.cap - len(connections)
+        self.late += self.missing
         return milliseconds
 
     def workers(self) -> list[dict[str, Any]]:
@@ -173,7 +177,7 @@ class Demo:
         while load["running"] and time.monotonic() < until:
             time.sleep(0.02)
             load = self.load.counts()
-        last = self.lease_all()
+        late, last = self.late, self.lease_all()
         unsettled = not wait_until(lambda: all(worker["alive"] for worker in self.workers()))
         self.show()
         judged, closed = self.upstream, self.pool.get_stats()["closed"]
@@ -188,10 +192,11 @@ class Demo:
             "dead workers not settled": sum(not worker["alive"] for worker in self.workers()),
             "workers that died by themselves": self.died - self.kills,
             "workers at the end": f"{len(self.workers())} (of {self.options.workers})",
-            "permits lost": f"{self.short} (all {self.options.cap} leased at once in {last:.1f} ms at the end)",
+            "leases that took too long": f"{late} (more than {PATIENCE} s)",
+            "permits lost": f"{self.missing} (all {self.options.cap} leased at once in {last:.1f} ms at the end)",
         }
         for name, value in rows.items():
             self.console.print(f"{name + ':':<38} {value}", soft_wrap=True)
-        if load["crossed"] or failed or self.short or unsettled:
+        if load["crossed"] or failed or self.late or unsettled:
             return False
         return not self.above_cap and self.died == self.kills and len(self.workers()) == self.options.workers
