@@ -55,8 +55,7 @@ class Broker:
         try:
             self.start()
         except BaseException:
-            os.unlink(self.singleton.path)
-            self.singleton.close()
+            self.let_go()
             raise
 
     def start(self) -> None:
@@ -413,7 +412,14 @@ class Broker:
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
-        os.unlink(self.singleton.path)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Give up the socket's lock, and its file."""
+        try:
+            os.unlink(self.singleton.path)
+        except FileNotFoundError:
+            pass  # the whole directory was removed
         self.singleton.close()
 
     def keep_for_next(self, desk: Desk) -> None:

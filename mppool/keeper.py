@@ -147,7 +147,10 @@ def main(path: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     keeper = Keeper(path)
     try:
-        os.write(1, b"ready\n")
+        try:
+            os.write(1, b"ready\n")
+        except BrokenPipeError:
+            return  # the broker died while it started us
         os.close(1)
         os.open(os.devnull, os.O_WRONLY)
         keeper.run()
