@@ -34,6 +34,7 @@ __all__ = ["AlreadyRunning", "Broker"]
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class AlreadyRunning(Error):
@@ -471,13 +472,18 @@ def start_keeper(path: str) -> None:
 def serve(path: str, idle_exit: float | None, ready: Callable[[], None], parent: int | None = None) -> None:
     """Run a broker in this process until SIGTERM or SIGINT, or until the pipe ``parent`` ends. Raises AlreadyRunning, Error."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    broker = Broker(path, idle_exit)
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    early: list[int] = []  # signals that come before the broker is up: it must tidy up after itself then, too
+    for number in ENDING:
+        signal.signal(number, lambda number, _frame: early.append(number))
+    broker = Broker(path, idle_exit)
+    for number in ENDING:
         signal.signal(number, broker.stop)
+    if early:
+        broker.stop()
     broker.watch(reader.fileno(), lambda: bool(reader.recv(64)))
     if parent is not None:
         broker.watch(parent, broker.stop)
