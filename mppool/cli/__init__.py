@@ -159,7 +159,10 @@ def show(data: dict[str, Any], as_json: bool, render: Any) -> None:
         return
     from rich.console import Console
 
-    Console(soft_wrap=True).print(*render(data), sep="\n")
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # into a pipe or a file: nothing is cut
+    console.print(*render(data), sep="\n")
 
 
 def fail(message: str, code: int) -> NoReturn:
