@@ -18,7 +18,7 @@ Whoever reclaims tells these apart without any help from the dead:
 
 Two looks are needed, and the comparison of ``uses``: between the first look at the lanes and the look at the token
 another process may have taken k and named it. All orders of up to three deaths among four processes were explored
-exhaustively: never two holders, never a live holder's session closed, never a token lost. The pause between the looks
+exhaustively (without LIMBO, below): never two holders, never a live holder's session closed, never a token lost. The pause between the looks
 covers processors that reorder stores. There is one reclaimer at a time (the broker's lock), and it works under the dial lock.
 
 A process that lives on can be interrupted too, by an exception from a signal handler after any bytecode. Between the take
