@@ -279,7 +279,6 @@ class Worker:
         self.turns = 0
         self.shown_epoch = 0
         self.next_try = 0.0  # when to look for a broker again
-        self.last_dial_error: BaseException | None = None
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
