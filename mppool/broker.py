@@ -469,8 +469,8 @@ def start_keeper(path: str) -> None:
     keeper.returncode = 0  # it is nobody's child to wait for: the loop ignores SIGCHLD
 
 
-def serve(path: str, idle_exit: float | None, ready: Callable[[], None], parent: int | None = None) -> None:
-    """Run a broker in this process until SIGTERM or SIGINT, or until the pipe ``parent`` ends. Raises AlreadyRunning, Error."""
+def serve(path: str, idle_exit: float | None, ready: Callable[[], None]) -> None:
+    """Run a broker in this process until SIGTERM, SIGINT or SIGHUP. Raises AlreadyRunning, Error."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     reader, writer = socket.socketpair()
     reader.setblocking(False)
@@ -485,7 +485,5 @@ def serve(path: str, idle_exit: float | None, ready: Callable[[], None], parent:
     if early:
         broker.stop()
     broker.watch(reader.fileno(), lambda: bool(reader.recv(64)))
-    if parent is not None:
-        broker.watch(parent, broker.stop)
     ready()
     broker.run()

@@ -62,8 +62,7 @@ CREATION, DIAL, BROKER, KEEPER, FIRST_ROW = 0, 1, 2, 3, 16
     W_RECONNECT_TIMEOUT,
     W_MAX_LEASE,
     W_CLOSE_TIMEOUT,
-    W_EXTRA_DESCRIPTORS,
-) = range(25)
+) = range(24)
 
 # Halves of W_ATTENTION, one writer each, so that a checkout reads both at once.
 H_WAITERS = 2 * W_ATTENTION  # how many wait at the broker, who says so

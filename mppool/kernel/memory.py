@@ -15,7 +15,7 @@ import posix_ipc
 
 from mppool.errors import Error
 
-__all__ = ["SHM", "SharedWords", "create", "exists", "names", "open_existing", "unlink"]
+__all__ = ["SHM", "SharedWords", "create", "names", "open_existing", "unlink"]
 
 SHM = "/dev/shm"
 
@@ -75,10 +75,6 @@ def open_existing(name: str) -> SharedWords | None:
         return SharedWords(mmap.mmap(shm.fd, info.st_size))
     finally:
         shm.close_fd()
-
-
-def exists(name: str) -> bool:
-    return os.path.exists(SHM + name)
 
 
 def unlink(name: str) -> None:
