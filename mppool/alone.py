@@ -20,7 +20,7 @@ def reclaim(hands: Hands) -> Story[None]:
     worker = hands.worker
     reclaimer = worker.reclaimer
     dead = reclaimer.dead_rows()
-    if not (dead or worker.limbo):
+    if not (dead or claims.scan(worker.table, dead)[1]):
         return
     try:
         if not hands.may_reclaim():

@@ -159,13 +159,14 @@ class Permits:
 class Section:
     """One try at the dial lock, and the way out of it. Inside, the equation holds.
 
-    Which section of this process is inside is a weak reference: one whose end was interrupted is gone, and counts as outside.
+    Which section of this process is inside is a weak reference: one whose end was interrupted gives the lock up when it is collected.
     """
 
-    __slots__ = ("__weakref__", "_permits", "inside", "thread")
+    __slots__ = ("__weakref__", "_permits", "_reference", "inside", "thread")
 
     def __init__(self, permits: Permits) -> None:
         self._permits = permits
+        self._reference = weakref.ref(self)
         self.inside = False
         self.thread = threading.get_ident()
 
@@ -175,7 +176,7 @@ class Section:
             with permits.door:
                 if permits.holder is not None and permits.holder() is not None:
                     return
-                permits.holder = weakref.ref(self)
+                permits.holder = self._reference
             if permits.lock.take(DIAL):
                 if permits.settle():
                     permits.words[W_REPAIRS] += 1
@@ -188,9 +189,11 @@ class Section:
 
     def leave(self) -> None:
         permits = self._permits
-        if permits.holder is not None and permits.holder() is self:
+        if permits.holder is self._reference and permits.lock.fd >= 0:
             permits.lock.give(DIAL)
             permits.holder = None
+
+    __del__ = leave
 
     def __enter__(self) -> bool:
         return self.inside
