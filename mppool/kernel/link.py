@@ -14,11 +14,11 @@ import socket
 import struct
 
 from mppool.errors import BrokerUnavailable, ProtocolError
+from mppool.kernel.runtime import distrust
 
-__all__ = ["MAX_MESSAGE", "MAX_PATH", "connect", "has_ended", "listen", "receive", "send", "wait_readable"]
+__all__ = ["MAX_MESSAGE", "connect", "has_ended", "listen", "receive", "send", "wait_readable"]
 
 MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
-MAX_PATH = 107
 _ROOM = socket.CMSG_LEN(16 * 4)  # for more than the one we expect: extra descriptors are seen and closed, not lost
 _CREDENTIALS = struct.Struct("3i")
 # As plain numbers: the module's flags are enums, and these are used for every message.
@@ -28,9 +28,9 @@ _NOSIGNAL = int(socket.MSG_NOSIGNAL)
 
 
 def connect(path: str) -> socket.socket:
-    """A non-blocking connection to the socket at ``path``, whose owner is us or root.
+    """A non-blocking connection to the socket at ``path``, whose owner is us or root, in a directory that only they write to.
 
-    Raises OSError if nobody listens (or its backlog is full: EAGAIN), BrokerUnavailable if it is another user's.
+    Raises OSError if nobody listens (or its backlog is full: EAGAIN), BrokerUnavailable if it is another user's or may be. Nothing was sent then.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -40,6 +40,8 @@ def connect(path: str) -> socket.socket:
             raise BrokerUnavailable(f"broker={path!r}: this socket belongs to another user") from error
         if (uid := peer_uid(sock)) not in (os.geteuid(), 0):
             raise BrokerUnavailable(f"broker={path!r}: its broker runs as uid {uid}, we are {os.geteuid()}")
+        if why := distrust(path):
+            raise BrokerUnavailable(f"broker={path!r}: {why}")
     except BaseException:
         sock.close()
         raise

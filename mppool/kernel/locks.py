@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import struct
 
 from mppool.errors import Error
+from mppool.kernel.memory import check_ours, open_to_us
 
 __all__ = ["LockFile"]
 
@@ -23,6 +23,21 @@ _FLOCK = struct.Struct("@hhqqi4x")
 
 def _flock(kind: int, first: int, count: int = 1) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, first, count, 0)
+
+
+def _open(path: str, create: bool) -> int:
+    """Never waits, not for a pipe either: those are opened for both ends."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        if not create:
+            raise
+        return os.open(path, flags | os.O_CREAT, 0o600)
+    except PermissionError:
+        if not open_to_us(path):
+            raise
+        return os.open(path, flags)
 
 
 class LockFile:
@@ -34,24 +49,22 @@ class LockFile:
     __slots__ = ("fd", "path")
 
     def __init__(self, path: str, *, create: bool = True) -> None:
-        """Open (and with ``create`` make) the file. FileNotFoundError if it is not there and must not be made."""
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        """Open (and with ``create`` make) the file. FileNotFoundError if it is not there and must not be made, Error for all else."""
         try:
-            try:
-                fd = os.open(path, flags)
-            except FileNotFoundError:
-                if not create:
-                    raise
-                fd = os.open(path, flags | os.O_CREAT, 0o600)
-        except (PermissionError, OSError) as error:
+            self.fd = _open(path, create)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ELOOP):
                 raise Error(f"{path} belongs to another user or is a link; it is not ours to use ({error.strerror})") from error
+            if error.errno == errno.ENOSPC:
+                raise Error(f"no room for {path}: enlarge {os.path.dirname(path)} or run `mppool gc`") from error
+            raise Error(f"cannot open {path}: {error.strerror}") from error
+        try:
+            check_ours(os.fstat(self.fd), path)
+        except Error:
+            self.close()
             raise
-        info = os.fstat(fd)
-        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            os.close(fd)
-            raise Error(f"{path} must be ours alone: owner {info.st_uid} mode {stat.S_IMODE(info.st_mode):o}, expected {os.geteuid()} 600")
-        self.fd = fd
         self.path = path
 
     def take(self, byte: int) -> bool:

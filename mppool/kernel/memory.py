@@ -2,6 +2,8 @@
 
 Words are read and written through ``memoryview.cast("Q")`` only: one aligned 8-byte move each. ``struct.pack_into``
 zeroes its target first, and other processes saw that zero in a fifth of their reads.
+
+/dev/shm is a public directory: whatever is there under a name of ours is looked at before it is used, as it was opened.
 """
 
 from __future__ import annotations
@@ -15,9 +17,32 @@ import posix_ipc
 
 from mppool.errors import Error
 
-__all__ = ["SHM", "SharedWords", "create", "names", "open_existing", "unlink"]
+__all__ = ["SHM", "SharedWords", "check_ours", "create", "names", "open_existing", "open_to_us", "unlink"]
 
 SHM = "/dev/shm"
+
+
+def check_ours(info: os.stat_result, path: str, *, names: int = 1) -> None:
+    """Raise Error unless this is a plain file that belongs to us alone, under this name alone (or so many)."""
+    if not stat.S_ISREG(info.st_mode):
+        raise Error(f"{path} is no file; somebody else made it, and it is not ours to use")
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise Error(f"{path} must be ours alone: owner {info.st_uid} mode {stat.S_IMODE(info.st_mode):o}, expected {os.geteuid()} 600")
+    if info.st_nlink > names:
+        raise Error(f"{path} is a hard link to a file with {info.st_nlink} names; it is not ours to use")
+
+
+def open_to_us(path: str) -> bool:
+    """A file of ours that its maker's umask closed even to us (0777 does) is opened to us. False: it is not ours."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if info.st_uid != os.geteuid() or not stat.S_ISREG(info.st_mode):
+        return False
+    if info.st_mode & 0o600 != 0o600:
+        os.chmod(path, 0o600)  # nobody else can have replaced it since: the directory is sticky
+    return True
 
 
 class SharedWords:
@@ -45,34 +70,51 @@ def create(name: str, size: int) -> SharedWords:
         shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
     except posix_ipc.ExistentialError as error:
         raise FileExistsError(name) from error
+    except OSError as error:
+        raise _explained(error, name, size) from error
     try:
         os.fchmod(shm.fd, 0o600)
         os.posix_fallocate(shm.fd, 0, size)
         return SharedWords(mmap.mmap(shm.fd, size))
     except BaseException as error:
         shm.unlink()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise Error(f"no room in {SHM}: the shared table needs {size} bytes; enlarge it (docker: --shm-size) or run `mppool gc`") from error
+        if isinstance(error, OSError):
+            raise _explained(error, name, size) from error
         raise
     finally:
         shm.close_fd()
 
 
-def open_existing(name: str) -> SharedWords | None:
+def _explained(error: OSError, name: str, size: int) -> Error:
+    if error.errno == errno.ENOSPC:
+        return Error(f"no room in {SHM}: the shared table needs {size} bytes; enlarge it (docker: --shm-size) or run `mppool gc`")
+    if error.errno == errno.ENOMEM:
+        return Error(f"cannot map {SHM}{name}: this process may not have {size} bytes more (RLIMIT_AS, or the machine's memory)")
+    if error.errno == errno.EFBIG:
+        return Error(f"cannot make {SHM}{name}: this process may not write a file of {size} bytes (RLIMIT_FSIZE)")
+    return Error(f"cannot open {SHM}{name}: {error.strerror}")
+
+
+def open_existing(name: str, *, again: bool = True) -> SharedWords | None:
     """Map an object that is there; None if it is not, or is still empty. Never resizes it, never removes it."""
     try:
         shm = posix_ipc.SharedMemory(name, 0, size=0)
     except posix_ipc.ExistentialError:
         return None
     except posix_ipc.PermissionsError as error:
+        if again and open_to_us(SHM + name):
+            return open_existing(name, again=False)
         raise Error(f"{SHM}{name} belongs to another user") from error
+    except OSError as error:
+        raise _explained(error, name, 0) from error
     try:
         info = os.fstat(shm.fd)
-        if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
-            raise Error(f"{SHM}{name} must be ours alone: owner {info.st_uid} mode {stat.S_IMODE(info.st_mode):o}")
+        check_ours(info, SHM + name)
         if info.st_size < mmap.PAGESIZE:
             return None
         return SharedWords(mmap.mmap(shm.fd, info.st_size))
+    except OSError as error:
+        raise _explained(error, name, info.st_size) from error
     finally:
         shm.close_fd()
 

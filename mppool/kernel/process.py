@@ -8,7 +8,7 @@ import resource
 
 from mppool.errors import Error
 
-__all__ = ["ForkGuard", "boot_word", "check_descriptors"]
+__all__ = ["ForkGuard", "boot_word", "check_descriptors", "raise_descriptors"]
 
 _MADV_WIPEONFORK = 18  # linux/mman.h; since Linux 4.14
 
@@ -44,3 +44,9 @@ def check_descriptors(needed: int, what: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return
     raise Error(f"too few file descriptors: {what} needs {wanted}, RLIMIT_NOFILE allows {hard}; raise it (ulimit -n {wanted})")
+
+
+def raise_descriptors() -> None:
+    """Allow this process all the descriptors it may have: for processes of our own, which never use ``select()``, that stay few and open many."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

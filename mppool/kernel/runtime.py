@@ -7,9 +7,10 @@ import os
 import stat
 
 from mppool.errors import Error, OptionError
-from mppool.kernel.link import MAX_PATH
 
-__all__ = ["check_directory", "pool_id", "scope_of", "socket_path"]
+__all__ = ["check_directory", "distrust", "pool_id", "scope_of", "socket_path"]
+
+MAX_PATH = 107  # bytes of a socket's
 
 
 def socket_path(broker: str | None) -> str:
@@ -35,6 +36,7 @@ def check_directory(path: str, *, create: bool = False) -> None:
     if create:
         try:
             os.mkdir(directory, 0o700)
+            os.chmod(directory, 0o700)  # whatever the umask
         except FileExistsError:
             pass
         except OSError as error:
@@ -49,6 +51,44 @@ def check_directory(path: str, *, create: bool = False) -> None:
         raise Error(f"broker={path!r}: the directory {directory} belongs to uid {info.st_uid}, we are {os.geteuid()}")
     if info.st_mode & 0o077:
         raise Error(f"broker={path!r}: the directory {directory} is open to others (mode {stat.S_IMODE(info.st_mode):o}); chmod 700 it")
+    if why := distrust(path):
+        raise Error(f"broker={path!r}: {why}")
+
+
+def distrust(path: str) -> str:
+    """Why others could put something of theirs in the place of the socket at ``path``, or of its directory; "" if they cannot.
+
+    The directory must belong to us or root, and nobody else may write to it. Above it nobody may be able to replace it: a directory that
+    all may write to must be sticky. Who owns a directory above, or is in its group, is trusted by whoever chose that place.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
+    try:
+        info = os.stat(directory)
+        if info.st_uid not in (os.geteuid(), 0):
+            return f"the directory {directory} belongs to uid {info.st_uid}, we are {os.geteuid()}"
+        if info.st_mode & 0o022:
+            return f"the directory {directory} is open to others (mode {stat.S_IMODE(info.st_mode):o}); chmod 700 it"
+        for above in _above(directory):
+            info = os.lstat(above)
+            if stat.S_ISLNK(info.st_mode):
+                if info.st_uid not in (os.geteuid(), 0):
+                    return f"{above} is a symbolic link of uid {info.st_uid}, we are {os.geteuid()}"
+            elif info.st_mode & 0o002 and not info.st_mode & stat.S_ISVTX:
+                return f"anybody may replace what is in {above} (mode {stat.S_IMODE(info.st_mode):o} without the sticky bit); chmod +t it"
+    except OSError as error:
+        return f"cannot look at the directory {directory}: {error.strerror}"
+    return ""
+
+
+def _above(directory: str) -> list[str]:
+    """The directory as named, links and all, and everything above it and above where it really is."""
+    found = []
+    for start in {directory, os.path.realpath(directory)}:
+        at = start
+        while at != "/":
+            found.append(at)
+            at = os.path.dirname(at)
+    return [*found, "/"]
 
 
 def scope_of(path: str) -> str:

@@ -6,12 +6,13 @@ follows the wall clock. So semaphores are only tried (``acquire(0)``); waiting i
 
 from __future__ import annotations
 
+import errno
 import os
 
 import posix_ipc
 
 from mppool.errors import Error, ProtocolError
-from mppool.kernel.memory import SHM, names
+from mppool.kernel.memory import SHM, check_ours, names, open_to_us
 
 __all__ = ["BusyError", "Semaphore", "open_semaphore", "unlink", "unlink_all"]
 
@@ -29,22 +30,43 @@ def open_semaphore(name: str, initial: int) -> posix_ipc.Semaphore:
     """Open the semaphore, made with ``initial`` units if it was not there. Atomic among processes.
 
     Raises ProtocolError if the file behind it is no semaphore, Error if it is somebody else's or there is no room.
+
+    Either it is made, and must not be there, or it is opened, and was seen to be ours: nobody else can replace it then, as
+    /dev/shm is sticky. "Open it or make it" in one call would open what somebody else had made a moment before.
     """
+    for _ in range(100):
+        try:
+            if _is_there(name):
+                return posix_ipc.Semaphore(name)
+            return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600, initial_value=initial)
+        except posix_ipc.ExistentialError:
+            continue  # made, or removed, by another process just now
+        except posix_ipc.PermissionsError as error:
+            if not open_to_us(_file(name)):
+                raise Error(f"{_file(name)} belongs to another user") from error
+        except OSError as error:
+            room = f"; enlarge {SHM} (docker: --shm-size) or run `mppool gc`" if error.errno == errno.ENOSPC else ""
+            raise Error(f"cannot make the semaphore {_file(name)}: {error.strerror}{room}") from error
+    raise Error(f"{_file(name)} comes and goes; who does that?")
+
+
+def _is_there(name: str) -> bool:
     try:
-        info = os.stat(_file(name), follow_symlinks=False)
+        info = os.lstat(_file(name))
     except FileNotFoundError:
-        pass
-    else:
-        if info.st_uid != os.geteuid():
-            raise Error(f"{_file(name)} belongs to another user")
-        if info.st_size < _SMALLEST:
-            raise ProtocolError(f"{_file(name)} is no semaphore; remove it (mppool gc)")
-    try:
-        return posix_ipc.Semaphore(name, posix_ipc.O_CREAT, mode=0o600, initial_value=initial)
-    except posix_ipc.PermissionsError as error:
-        raise Error(f"{_file(name)} belongs to another user") from error
-    except OSError as error:
-        raise Error(f"cannot make the semaphore {name}: {error.strerror}; is there room in {SHM}?") from error
+        return False
+    check_ours(info, _file(name), names=1 + _unfinished(info))
+    if info.st_size < _SMALLEST:
+        raise ProtocolError(f"{_file(name)} is no semaphore; remove it (mppool gc)")
+    return True
+
+
+def _unfinished(info: os.stat_result) -> int:
+    """The C library makes a semaphore under a name of its own, then links it: whoever is killed there leaves both. How many such names it has."""
+    if info.st_nlink == 1:
+        return 0
+    with os.scandir(SHM) as entries:
+        return sum(entry.inode() == info.st_ino and len(entry.name) == len("sem.XXXXXX") for entry in entries)
 
 
 def unlink(name: str) -> None:
