@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import select
 import signal
 import socket
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mppool import fdstore
 from mppool.desk import Desk, Duplicate, WorkerLink, shut, take_socket
 from mppool.errors import BrokerUnavailable, Error, ProtocolError
 from mppool.keeper import keeper_path
@@ -26,52 +26,80 @@ from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
 from mppool.kernel.process import check_descriptors
 from mppool.kernel.runtime import check_directory, scope_of
-from mppool.table import BROKER, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
-from mppool.wire import RESIDENT, Kind, Message, decode, encode, pack_held, unpack_held
+from mppool.kernel.systemd import Service, without_service
+from mppool.succession import AlreadyRunning, ask_for_place, give_place, is_asking, say_left, say_serving, take_place, was_followed
+from mppool.table import BROKER, H_WAITERS, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
+from mppool.wire import RESIDENT, Kind, Message, decode, encode, is_pool, pack_held, unpack_held
 
-__all__ = ["AlreadyRunning", "Broker"]
+__all__ = ["AlreadyRunning", "Broker", "serve"]
 
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
+FLUSH = 1.0  # seconds the keeper may take for what it lacks, when we leave
+SILENT = 3.0  # seconds without an answer after which the keeper is given up
+STATUS = 1.0  # seconds between two looks at what systemd shows
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class AlreadyRunning(Error):
-    """Another broker serves this socket."""
+class Busy(Exception):
+    """Somebody is reclaiming in this pool just now."""
 
 
 class Broker:
     """Serves one socket until it is told to stop. ``idle_exit``: seconds without any worker after which it ends by itself."""
 
-    def __init__(self, path: str, idle_exit: float | None = None) -> None:
-        """Take the socket's lock, the keeper and the tables; then listen. Raises AlreadyRunning, Error."""
+    def __init__(
+        self,
+        path: str,
+        idle_exit: float | None = None,
+        place: LockFile | None = None,
+        service: Service | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
+        """Take the socket's ``place``, if it is not given; the keeper and the tables; then listen. Raises AlreadyRunning, Error.
+
+        ``service`` is who started us, ``listener`` is its, if it passed one.
+        """
         check_directory(path, create=True)
         self.path = path
         self.scope = scope_of(path)
         self.idle_exit = idle_exit
         self.idle_since = time.monotonic()
         self.stopping = False
-        self.singleton = take_singleton(path)
+        self.place = place or take_place(path)
+        self.service = service
+        self.successor: socket.socket | None = None  # the link of the broker we make room for
         try:
-            self.start()
+            self.start(listener)
         except BaseException:
-            self.let_go()
+            give_place(self.place)
             raise
 
-    def start(self) -> None:
+    def start(self, listener: socket.socket | None) -> None:
         """Take over what is there, then listen."""
         check_descriptors(1024, "the broker")
         self.poller = select.epoll()
         self.handlers: dict[int, Callable[[], object]] = {}
+        self.newcomers: set[WorkerLink] = set()
         self.desks: dict[str, Desk] = {}
+        self.busy: set[str] = set()
         self.keeper: socket.socket | None = None
+        self.keeper_is_silent = False
         self.unkept: list[tuple[Desk, int, Duplicate]] = []
+        self.undropped: list[bytes] = []
+        self.unanswered = 0
+        self.answered_at = 0.0
         self.next_tick = 0.0
         self.keeper_retry = 0.0
+        self.next_beat = 0.0
+        self.next_status = 0.0
+        self.status = ""
         self.adopt_tables()
         self.take_keeper()
-        self.listener = wires.listen(self.path)
+        if self.service is not None:
+            self.take_stored(self.service)
+        self.listener = listener if listener is not None else wires.listen(self.path)
         self.inode = os.stat(self.path).st_ino
         self.watch(self.listener.fileno(), self.accept)
         log.info("broker of %s, pid %d", self.path, os.getpid())
@@ -92,6 +120,8 @@ class Broker:
         while not self.stopping:
             now = time.monotonic()
             until = min([self.next_tick, *(desk.due() for desk in self.desks.values())])
+            if self.service is not None:
+                until = min(until, self.report(self.service))
             for fd, _ in self.poller.poll(max(0.0, until - now)):
                 handler = self.handlers.get(fd)
                 if handler is not None:
@@ -110,12 +140,35 @@ class Broker:
             log.error("pool %r is given up: %s", desk.name, error)
             self.give_up(desk)
 
+    def report(self, service: Service) -> float:
+        """Tell systemd that we are alive, and what there is to show; when it wants to hear again."""
+        now = time.monotonic()
+        if service.beat_every and now >= self.next_beat:
+            self.next_beat = now + (service.beat_every if service.notify("WATCHDOG=1", patience=0.0) else TICK)
+        if now >= self.next_status:
+            self.next_status = now + STATUS
+            status = self.summary()
+            if status != self.status and service.notify(f"STATUS={status}", patience=0.0):
+                self.status = status
+        return self.next_beat if service.beat_every else self.next_status
+
+    def summary(self) -> str:
+        desks = self.desks.values()
+        workers = sum(len(desk.table.taken_rows()) - 1 - len(desk.dead) for desk in desks)
+        sessions, waiting = sum(desk.permits.held() for desk in desks), sum(desk.table.halves[H_WAITERS] for desk in desks)
+        return f"{len(desks)} pools, {workers} workers, {sessions} sessions, {waiting} waiting"
+
     def tick(self) -> None:
         self.next_tick = time.monotonic() + TICK
+        for ident in list(self.busy):
+            self.try_to_adopt(ident)
         for desk in list(self.desks.values()):
             self.guarded(desk, desk.tick)
             if desk.ident in self.desks:
                 self.retire_if_unused(desk)
+        if self.unanswered and time.monotonic() - self.answered_at > SILENT:
+            self.keeper_is_silent = True
+            self.lose_keeper()
         if self.keeper is None and time.monotonic() >= self.keeper_retry:
             self.take_keeper()
         self.check_socket()
@@ -155,6 +208,7 @@ class Broker:
                 sock.close()
                 continue
             link = WorkerLink(sock)
+            self.newcomers.add(link)
             self.watch(sock.fileno(), lambda link=link: self.read(link))  # type: ignore[misc]
 
     def read(self, link: WorkerLink) -> None:
@@ -165,37 +219,59 @@ class Broker:
             if not data:
                 self.cut(link)
                 return
-            message, given, fd = decode(data, 1 if fd >= 0 else 0), fd, -1
+            message = decode(data, 1 if fd >= 0 else 0)
+            if fd >= 0 and (message.kind is not Kind.SHARE or link.desk is None):
+                raise ProtocolError(f"{message.kind.name} with a descriptor is not for a worker to say, or not first")
             if link.desk is None:
                 self.greet(link, message)
             else:
+                given, fd = fd, -1
                 link.desk.received(link, message, given)
         except BlockingIOError:
             return
         except Error as error:
             log.warning("link of row %d cut: %s", link.row, error)
-            if fd >= 0:
-                os.close(fd)
             link.send(Message(Kind.REFUSED, body=str(error).encode()))
             self.cut(link)
-        except OSError:
+        except (OSError, Busy):
             self.cut(link)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def greet(self, link: WorkerLink, message: Message) -> None:
-        """The first message of a link. Raises ProtocolError."""
+        """The first message of a link. Raises ProtocolError; Busy: it is to come again."""
+        if message.kind is Kind.REPLACE:
+            self.make_room(link)
+            return
         ident = message.body.decode(errors="replace")
-        if message.kind is not Kind.HELLO or not re.fullmatch(rf"mppool-{self.scope}-[0-9a-f]{{10}}", ident):
+        if message.kind is not Kind.HELLO or not is_pool(ident) or not ident.startswith(f"mppool-{self.scope}-"):
             raise ProtocolError(f"a link begins with HELLO and one of our pools, not {message.kind.name} {ident[:40]!r}")
         desk = self.desks.get(ident) or self.adopt(ident)
         if desk is None or not desk.hello(link, message.number, message.serial):
             raise ProtocolError(f"row {message.number} of pool {ident} is not yours")
+        self.newcomers.discard(link)
         desk.look_for_dead()
+
+    def make_room(self, link: WorkerLink) -> None:
+        """Another broker is to take our place. Raises ProtocolError if that is not for us to give."""
+        if self.service:
+            raise ProtocolError("systemd runs it; `systemctl restart` of its unit replaces it, without losing a session")
+        if self.successor is None and is_asking(link.sock):
+            log.info("making room for another broker")
+            self.unwatch(link.sock.fileno())
+            self.newcomers.discard(link)
+            self.successor = link.sock
+            self.stopping = True
+        else:
+            self.cut(link)
 
     def cut(self, link: WorkerLink) -> None:
         """Close a link. What it brought before its end is taken first: a descriptor on its way may be a session's last."""
         if link.sock.fileno() < 0:
             return
         self.unwatch(link.sock.fileno())
+        self.newcomers.discard(link)
         desk, link.desk = link.desk, None
         if desk is not None:
             self.drain(link, desk)
@@ -204,6 +280,7 @@ class Broker:
             desk.link_ended(link)
 
     def drain(self, link: WorkerLink, desk: Desk) -> None:
+        """Take the duplicates that are on their way to us."""
         while True:
             fd = -1
             try:
@@ -228,13 +305,21 @@ class Broker:
         for file in memory.names(prefix):
             ident, _, kind = file.partition(".")
             if kind == "lock" and ident not in self.desks:
-                try:
-                    self.adopt(ident)
-                except Error as error:
-                    log.error("pool %s: %s", ident, error)
+                self.try_to_adopt(ident)
+
+    def try_to_adopt(self, ident: str) -> None:
+        self.busy.discard(ident)
+        try:
+            self.adopt(ident)
+        except Busy:
+            self.busy.add(ident)
+        except Error as error:
+            log.error("pool %s: %s", ident, error)
 
     def adopt(self, ident: str) -> Desk | None:
-        """Become the broker of a pool. None if there is no such pool, or nobody in it any more (then its names are removed)."""
+        """Become the broker of a pool. None if there is no such pool, or nobody in it any more (then its names are removed). Raises Error, Busy."""
+        if ident in self.desks:
+            return self.desks[ident]
         try:
             with creation_lock(ident, create=False) as lock:
                 if not is_in_use(lock):
@@ -243,9 +328,11 @@ class Broker:
                     lock.close()
                     return None
                 table = open_table(ident, lock)
-                if table is None or not take_broker_byte(lock):
+                if table is None:
                     lock.close()
                     return None
+                if not take_broker_byte(lock):
+                    raise Busy
                 row = Row(table, lock, os.getpid(), IS_BROKER)
         except FileNotFoundError:
             return None
@@ -262,15 +349,19 @@ class Broker:
 
     def remove(self, desk: Desk) -> None:
         """Remove a pool's names, unless a worker has come to it in this moment."""
-        with creation_lock(desk.ident, create=False) as lock:
+        try:
+            with creation_lock(desk.ident, create=False) as lock:
+                self.give_up(desk)
+                until = time.monotonic() + 1.0
+                while lock.is_held(KEEPER) and time.monotonic() < until:
+                    time.sleep(0.001)  # it has yet to read that it may let go
+                if not is_in_use(lock):
+                    remove_names(desk.ident)
+                    os.unlink(lock.path)
+                lock.close()
+        except (FileNotFoundError, Error) as error:
+            log.error("pool %r is given up: %s", desk.name, error)
             self.give_up(desk)
-            until = time.monotonic() + 1.0
-            while lock.is_held(KEEPER) and time.monotonic() < until:
-                time.sleep(0.001)  # it has yet to read that it may let go
-            if not is_in_use(lock):
-                remove_names(desk.ident)
-                os.unlink(lock.path)
-            lock.close()
 
     def give_up(self, desk: Desk) -> None:
         self.desks.pop(desk.ident, None)
@@ -285,94 +376,136 @@ class Broker:
     # The keeper.
 
     def take_keeper(self) -> None:
-        """Connect to the keeper, or start one; take over what it has, give it what it lacks."""
-        self.keeper_retry = time.monotonic() + 1.0
+        """Connect to the keeper, or start one in the place of one that is gone or silent; take over what it has, give it what it lacks."""
         path = keeper_path(self.path)
+        keeper = None
         try:
-            try:
-                keeper = wires.connect(path)
-            except OSError:
+            if not self.keeper_is_silent:
+                keeper = self.reach_keeper(path)
+            if keeper is None:
                 start_keeper(path)
-                keeper = wires.connect(path)
-            self.take_over(keeper)
-        except (OSError, BrokerUnavailable, ProtocolError) as error:
+                keeper = self.reach_keeper(path)
+        except (OSError, BrokerUnavailable) as error:
             log.error("no keeper: %s", error)
+        self.keeper_is_silent = False
+        if keeper is None:
+            self.keeper_retry = time.monotonic() + 5.0  # it takes us long to find out: others want their turn
             return
         self.keeper = keeper
+        self.unanswered = 0
+        self.undropped.clear()
         self.watch(keeper.fileno(), self.read_keeper)
         self.unkept = [(desk, k, duplicate) for desk in self.desks.values() for k, duplicate in desk.duplicates.items() if not duplicate.kept]
         self.put_unkept()
 
-    def take_over(self, keeper: socket.socket) -> None:
-        """All that the keeper holds becomes ours, too. OSError if it does not answer."""
-        wires.send(keeper, encode(Message(Kind.GIVE_ALL)))
-        while True:
-            if not wires.wait_readable(keeper.fileno(), 1.0):
-                keeper.close()
-                raise TimeoutError("the keeper does not answer")
-            data, fd = wires.receive(keeper)
-            if not data:
-                raise ConnectionError("the keeper has ended")
-            message = decode(data, 1 if fd >= 0 else 0)
-            if message.kind is Kind.SHOWN:
-                return
-            self.take_back(keeper, message, fd)
+    def reach_keeper(self, path: str) -> socket.socket | None:
+        """A link to the keeper, after all that it holds has become ours, too; None if there is none that answers. Raises BrokerUnavailable."""
+        try:
+            keeper = wires.connect(path)
+        except OSError:
+            return None
+        try:
+            self.take_over(keeper)
+        except (OSError, ProtocolError) as error:
+            log.error("the keeper is given up: %s", error)
+            keeper.close()
+            return None
+        return keeper
 
-    def take_back(self, keeper: socket.socket, message: Message, fd: int) -> None:
-        """One session from the keeper: ours if it is still what the table says, ended otherwise."""
-        ident, baggage = unpack_held(message.body)
-        desk, k, sock = self.desks.get(ident), message.number, take_socket(fd)
+    def take_over(self, keeper: socket.socket) -> None:
+        """All that the keeper holds becomes ours, too. Raises OSError, ProtocolError."""
+        wires.send(keeper, encode(Message(Kind.GIVE_ALL)))
+        until = time.monotonic() + 5 * FLUSH
+        while time.monotonic() < until:
+            if not wires.wait_readable(keeper.fileno(), FLUSH):
+                break
+            fd = -1
+            try:
+                data, fd = wires.receive(keeper)
+                if not data:
+                    raise ConnectionError("it has ended")
+                message = decode(data, 1 if fd >= 0 else 0)
+                if message.kind is Kind.SHOWN:
+                    return
+                if message.kind is Kind.PUT:
+                    given, fd = fd, -1
+                    if not self.take_back(message, given, kept=True):
+                        wires.send(keeper, encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        raise TimeoutError("it does not answer")
+
+    def take_back(self, message: Message, fd: int, *, kept: bool) -> bool:
+        """One session from the keeper or a store: ours if it is still what the table says; else it is ended, and this is False. Owns ``fd``."""
+        sock = take_socket(fd)
         if sock is None:
-            return
+            return False
+        ident, baggage = unpack_held(message.body)
+        desk, k = self.desks.get(ident), message.number
         if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial:
             if desk.current(k) is None and k not in desk.closing:
                 duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
-                duplicate.kept = True
+                duplicate.kept = kept
                 desk.adopt(k, duplicate)
             else:
                 sock.close()
-            return
+            return True
         shut(sock, socket.SHUT_RDWR)
         sock.close()
-        wires.send(keeper, encode(Message(Kind.DROP, k, message.serial, body=pack_held(ident, b""))))
+        return False
+
+    def take_stored(self, service: Service) -> None:
+        """What systemd kept over a restart. Nothing stays there: it would keep alive what everybody else has closed."""
+        for message, fd in fdstore.take(service):
+            self.take_back(message, fd, kept=False)
+        self.flush()
+        fdstore.empty(service)
 
     def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
         self.unkept.append((desk, k, duplicate))
         self.put_unkept()
 
     def put_unkept(self) -> None:
-        while self.unkept and self.keeper is not None:
-            desk, k, duplicate = self.unkept[0]
-            if desk.duplicates.get(k) is duplicate:
-                flags = RESIDENT if duplicate.resident else 0
-                try:
-                    message = Message(Kind.PUT, k, duplicate.generation, flags, pack_held(desk.ident, duplicate.baggage))
-                    wires.send(self.keeper, encode(message, 1), duplicate.sock.fileno())
-                except BlockingIOError:
-                    return  # it is behind: the rest at the next answer or tick
-                except OSError:
-                    self.lose_keeper()
-                    return
-            self.unkept.pop(0)
+        """Say to the keeper what it does not know yet; if it is behind, the rest at its next answer."""
+        try:
+            while self.undropped and self.keeper is not None:
+                wires.send(self.keeper, self.undropped[0])
+                self.undropped.pop(0)
+            while self.unkept and self.keeper is not None:
+                desk, k, duplicate = self.unkept[0]
+                if desk.duplicates.get(k) is duplicate:
+                    wires.send(self.keeper, encode(put_message(desk, k, duplicate), 1), duplicate.sock.fileno())
+                    if not self.unanswered:
+                        self.answered_at = time.monotonic()
+                    self.unanswered += 1
+                self.unkept.pop(0)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.lose_keeper()
 
     def drop(self, desk: Desk, k: int, generation: int) -> None:
         if self.keeper is not None:
-            try:
-                wires.send(self.keeper, encode(Message(Kind.DROP, k, generation, body=pack_held(desk.ident, b""))))
-            except OSError:
-                self.lose_keeper()
+            self.undropped.append(encode(Message(Kind.DROP, k, generation, body=pack_held(desk.ident, b""))))
+            self.put_unkept()
 
     def read_keeper(self) -> None:
         keeper = self.keeper
         if keeper is None:
             return
+        fd = -1
         try:
             while True:
                 data, fd = wires.receive(keeper)
                 if not data:
                     raise ConnectionError
                 message = decode(data, 1 if fd >= 0 else 0)
+                if fd >= 0:
+                    raise ProtocolError(f"a keeper does not say {message.kind.name} unasked")
                 if message.kind is Kind.KEPT:
+                    self.unanswered = max(0, self.unanswered - 1)
+                    self.answered_at = time.monotonic()
                     desk = self.desks.get(unpack_held(message.body)[0])
                     if desk is not None:
                         desk.kept(message.number, message.serial)
@@ -380,6 +513,22 @@ class Broker:
             self.put_unkept()
         except (OSError, ProtocolError):
             self.lose_keeper()
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def flush(self) -> None:
+        """Wait until the keeper has all that we have; if it dies, give it all to another. For a second, or as long as that other takes."""
+        until = time.monotonic() + FLUSH
+        while any(not duplicate.kept for desk in self.desks.values() for duplicate in desk.duplicates.values()):
+            if self.keeper is None:
+                self.take_keeper()
+            if self.keeper is None or time.monotonic() >= until:
+                log.error("the keeper lacks sessions")
+                return
+            self.put_unkept()
+            if self.keeper is not None and wires.wait_readable(self.keeper.fileno(), 0.02):
+                self.read_keeper()
 
     def lose_keeper(self) -> None:
         """It died: start another and fill it."""
@@ -389,6 +538,7 @@ class Broker:
             self.unwatch(keeper.fileno())
             keeper.close()
             self.keeper_retry = 0.0
+            self.unanswered = 0
             for desk in self.desks.values():
                 for duplicate in desk.duplicates.values():
                     duplicate.kept = False
@@ -397,50 +547,71 @@ class Broker:
     # The end.
 
     def end(self) -> None:
-        """Orderly: sessions of pools without workers are closed and their names removed; workers of others go on without a broker."""
+        """Orderly: sessions of pools without workers are closed and their names removed; workers of others go on without a broker.
+
+        With a successor every pool is left as it is: it takes them over in a moment.
+        """
+        if self.service is not None:
+            self.service.notify("STOPPING=1", "STATUS=leaving")
+        self.hang_up()
+        staying = []
         for desk in list(self.desks.values()):
-            if desk.workers_alive():
-                self.keep_for_next(desk)
+            if self.successor is not None or desk.workers_alive():
+                staying.append(desk)
             else:
                 for k in list(desk.duplicates):
                     shut(desk.duplicates[k].sock, socket.SHUT_RDWR)
                 self.remove(desk)
+        self.flush()
+        if self.service is not None:
+            held = [(put_message(desk, k, duplicate), duplicate.sock.fileno()) for desk in staying for k, duplicate in desk.duplicates.items()]
+            fdstore.upload(self.service, held)
+        for desk in staying:
+            self.leave_to_keeper(desk)
+        self.close()
+        give_place(self.place)
+        if self.successor is not None:
+            say_left(self.successor)
+
+    def hang_up(self) -> None:
+        """Nobody waits for us any more, and nobody can send; duplicates that were sent already are taken."""
+        for desk in self.desks.values():
+            for link in desk.links:
+                desk.strike(link)  # all of them before any link ends: who finds his link ended believes that nobody writes to his lane
+        for desk in self.desks.values():
+            for link in list(desk.links):
+                shut(link.sock, socket.SHUT_RD)
+                self.drain(link, desk)
+
+    def leave_to_keeper(self, desk: Desk) -> None:
+        """The keeper has the duplicates, and looks after the names; the links' ends tell the workers."""
         if self.keeper is not None:
-            self.keeper.close()
-        self.listener.close()
-        try:
-            if os.stat(self.path).st_ino == self.inode:
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Give up the socket's lock, and its file."""
-        try:
-            os.unlink(self.singleton.path)
-        except FileNotFoundError:
-            pass  # the whole directory was removed
-        self.singleton.close()
-
-    def keep_for_next(self, desk: Desk) -> None:
-        """The keeper has the duplicates; the links' ends tell the workers."""
+            try:
+                wires.send(self.keeper, encode(Message(Kind.LEAVE, body=pack_held(desk.ident, b""))))
+            except OSError:
+                pass  # it died in this moment
         for link in list(desk.links):
             self.unwatch(link.sock.fileno())
             link.sock.close()
         desk.leave()
 
+    def close(self) -> None:
+        """All that is ours alone. The socket's file goes too, unless it is systemd's."""
+        for link in list(self.newcomers):
+            self.cut(link)
+        if self.keeper is not None:
+            self.keeper.close()
+        self.listener.close()
+        try:
+            if not (self.service is not None and self.service.listens) and os.stat(self.path).st_ino == self.inode:
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        self.poller.close()
 
-def take_singleton(path: str) -> LockFile:
-    """The right to serve this socket, for life."""
-    while True:
-        lock = LockFile(f"{path}.lock")
-        if not lock.take(0):
-            lock.close()
-            raise AlreadyRunning(f"broker={path!r}: a broker serves this socket already")
-        if lock.is_current():
-            return lock
-        lock.close()  # its last holder removed it while we opened it
+
+def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:
+    return Message(Kind.PUT, k, duplicate.generation, RESIDENT if duplicate.resident else 0, pack_held(desk.ident, duplicate.baggage))
 
 
 def take_broker_byte(lock: LockFile) -> bool:
@@ -459,6 +630,7 @@ def start_keeper(path: str) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        env=without_service(),
     )
     assert keeper.stdout is not None
     with keeper.stdout:
@@ -469,21 +641,56 @@ def start_keeper(path: str) -> None:
     keeper.returncode = 0  # it is nobody's child to wait for: the loop ignores SIGCHLD
 
 
-def serve(path: str, idle_exit: float | None, ready: Callable[[], None]) -> None:
-    """Run a broker in this process until SIGTERM, SIGINT or SIGHUP. Raises AlreadyRunning, Error."""
+def serve(
+    path: str,
+    idle_exit: float | None,
+    ready: Callable[[], None] | None = None,
+    *,
+    replace: bool = False,
+    service: Service | None = None,
+    listener: socket.socket | None = None,
+) -> None:
+    """Run a broker in this process until SIGTERM, SIGINT or SIGHUP, or until another replaces it. Raises AlreadyRunning, Error."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    early: list[int] = []  # signals that come before the broker is up: it must tidy up after itself then, too
+    told: list[int] = []  # also signals that come before the broker is up: it must tidy up after itself then, too
+    brokers: list[Broker] = []
+
+    def tell(number: int, _frame: object) -> None:
+        told.append(number)
+        for broker in brokers:
+            broker.stop()
+
     for number in ENDING:
-        signal.signal(number, lambda number, _frame: early.append(number))
-    broker = Broker(path, idle_exit)
-    for number in ENDING:
-        signal.signal(number, broker.stop)
-    if early:
-        broker.stop()
-    broker.watch(reader.fileno(), lambda: bool(reader.recv(64)))
-    ready()
-    broker.run()
+        signal.signal(number, tell)
+    check_directory(path, create=True)
+    check_descriptors(1024, "the broker")
+    place, predecessor = ask_for_place(path, lambda: bool(told)) if replace else (take_place(path), None)
+    if told and predecessor is not None:
+        give_place(place)
+        return  # the one that made room comes back
+    while True:
+        broker = Broker(path, idle_exit, place, service, listener)
+        brokers[:] = [broker]
+        if told:
+            broker.stop()
+        broker.watch(reader.fileno(), lambda: bool(reader.recv(64)))
+        if predecessor is not None:
+            say_serving(predecessor)
+            predecessor = None
+        if service is not None:
+            service.notify("READY=1", f"STATUS={broker.summary()}")
+        if ready is not None:
+            ready()
+            ready = None
+        broker.run()
+        if broker.successor is None or was_followed(broker.successor, lambda: bool(told)) or told:
+            return
+        try:
+            place = take_place(path)
+        except AlreadyRunning:
+            return
+        log.warning("the broker that asked for our place did not come up; going on")

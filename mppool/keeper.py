@@ -3,8 +3,9 @@
     python -m mppool.keeper SOCKET        started by a broker; not for users
 
 It holds what the broker puts, forgets what the broker drops, and gives all to the next broker. It ends when no broker is
-connected and no worker of the pools it has sessions of is alive. It holds the KEEPER byte of those pools' lock
-files, so that nobody takes the pools for abandoned.
+connected and no worker of the pools it has sessions of is alive; after a broker that left in good order it waits for the next
+one some moments longer. It holds the KEEPER byte of those pools' lock files, so that nobody takes the pools for abandoned, and
+removes the names of those it is the last process of.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from mppool.errors import Error, ProtocolError
 from mppool.kernel import link
 from mppool.kernel.locks import LockFile
 from mppool.table import FIRST_ROW, KEEPER, ROWS, lock_path, remove_if_unused
-from mppool.wire import Kind, Message, decode, encode, pack_held, unpack_held
+from mppool.wire import Kind, Message, decode, encode, is_pool, pack_held, unpack_held
 
 __all__ = ["keeper_path", "main"]
 
 TICK = 0.5  # seconds
-ALONE = 2.0  # seconds a keeper that no broker has spoken to yet waits for one
+ALONE = 2.0  # seconds a keeper waits for a broker: for its first one, and for the next after one that left in good order
+MOST = 2000  # messages of one link in a row; its queue holds some hundreds
+PATIENCE = 1.0  # seconds a broker may be too busy to take an answer; then it is cut, and comes again
 
 
 def keeper_path(broker: str) -> str:
@@ -59,44 +62,68 @@ class Keeper:
             sock, _ = self.listener.accept()
         except OSError:
             return
-        sock.setblocking(True)
+        sock.settimeout(PATIENCE)
         if link.peer_uid(sock) not in (os.geteuid(), 0):
             sock.close()
             return
+        self.drain()
         if self.broker is not None:
             self.broker.close()
         self.broker = sock
+        self.lonely = ALONE  # it has been spoken to: from now on it need not wait for a first broker
+
+    def drain(self) -> None:
+        """What the last broker put before it died."""
+        for _ in range(MOST):
+            if self.broker is None or not link.wait_readable(self.broker.fileno(), 0):
+                return
+            self.serve(self.broker)
 
     def serve(self, broker: socket.socket) -> None:
+        """One message of the broker's, or its end."""
         fd = -1
         try:
             data, fd = link.receive(broker)
             if not data:
-                raise ConnectionError
-            self.received(broker, decode(data, 1 if fd >= 0 else 0), fd)
-        except (OSError, ProtocolError):
-            if fd >= 0 and all(fd != held for _, held in self.held.values()):
-                os.close(fd)
+                raise EOFError
+            message = decode(data, 1 if fd >= 0 else 0)
+            ident = pool_of(message)
+            given, fd = fd, -1
+            self.received(broker, message, ident, given)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died; there may be more that it put before
+        except (OSError, EOFError, ProtocolError):
             broker.close()
             self.broker = None
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
-    def received(self, broker: socket.socket, message: Message, fd: int) -> None:
+    def received(self, broker: socket.socket, message: Message, ident: str, fd: int) -> None:
+        """Owns ``fd``, which only PUT comes with. Raises OSError."""
         if message.kind is Kind.GIVE_ALL:
-            for held, duplicate in self.held.values():
-                link.send(broker, encode(held, 1), duplicate)
-            link.send(broker, encode(Message(Kind.SHOWN)))
+            self.give_all(broker)
             return
-        ident, _ = unpack_held(message.body)
         place = ident, message.number
         if message.kind is Kind.PUT:
             self.forget(place)
             self.watch(ident)
             self.held[place] = message, fd
             link.send(broker, encode(Message(Kind.KEPT, message.number, message.serial, body=pack_held(ident, b""))))
-        elif message.kind is Kind.DROP and place in self.held and self.held[place][0].serial == message.serial:
+        elif message.kind is Kind.LEAVE:
+            self.watch(ident)
+            self.lonely = 0.0
+        elif place in self.held and self.held[place][0].serial == message.serial:
             self.forget(place)
             if not any(pool == ident for pool, _ in self.held):
                 self.unwatch(ident)
+
+    def give_all(self, broker: socket.socket) -> None:
+        for ident in self.locks.keys() - {pool for pool, _ in self.held}:
+            self.unwatch(ident)  # the last broker left it to us; the new one has it
+        for held, duplicate in self.held.values():
+            link.send(broker, encode(held, 1), duplicate)
+        link.send(broker, encode(Message(Kind.SHOWN)))
 
     def forget(self, place: tuple[str, int]) -> None:
         if place in self.held:
@@ -118,7 +145,6 @@ class Keeper:
 
     def is_done(self, active: bool) -> bool:
         if self.broker is not None:
-            self.lonely = ALONE  # it has been spoken to: from now on it need not wait for a first broker
             return False
         self.lonely += 0.0 if active else TICK
         try:
@@ -140,6 +166,16 @@ class Keeper:
         for ident in list(self.locks):
             self.unwatch(ident)
             remove_if_unused(ident)
+
+
+def pool_of(message: Message) -> str:
+    """The pool a message is about, "" for all. Raises ProtocolError for what no broker says."""
+    if message.kind is Kind.GIVE_ALL:
+        return ""
+    ident, _ = unpack_held(message.body)
+    if message.kind not in (Kind.PUT, Kind.DROP, Kind.LEAVE) or not is_pool(ident):
+        raise ProtocolError(f"a broker does not say {message.kind.name} of {ident[:40]!r}")
+    return ident
 
 
 def main(path: str) -> None:

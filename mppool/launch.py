@@ -6,6 +6,7 @@ import sys
 
 from mppool.errors import BrokerUnavailable
 from mppool.kernel import link
+from mppool.kernel.systemd import without_service
 
 __all__ = ["ensure_broker"]
 
@@ -24,7 +25,7 @@ def ensure_broker(path: str) -> None:
 
     command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", str(IDLE_EXIT), "--background"]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START, env=without_service())
     except subprocess.TimeoutExpired as error:
         raise BrokerUnavailable(f"broker={path!r}: autostart: no broker within {START} s") from error
     if done.returncode not in (0, ALREADY_RUNNING):

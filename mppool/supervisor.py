@@ -2,6 +2,9 @@
 
 The supervisor forwards signals to the command, starts another broker when one dies, and exits as the command did. Both
 children are told by the kernel (``PR_SET_PDEATHSIG``) to end when the supervisor itself is killed.
+
+A broker of somebody else's is as good as its own: whether it was there from the start or has replaced ours
+(``mppool broker --replace``), the supervisor starts one only when nobody has the socket's place any more.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from collections.abc import Callable
 
 from mppool.errors import BrokerUnavailable
 from mppool.kernel import link
+from mppool.kernel.systemd import without_service
 from mppool.launch import ALREADY_RUNNING
+from mppool.succession import is_taken
 
 __all__ = ["Supervisor"]
 
@@ -95,6 +100,7 @@ class Supervisor:
             [sys.executable, "-m", "mppool", "broker", "--socket", self.path],
             preexec_fn=dies_with(os.getpid(), signal.SIGTERM),
             start_new_session=True,  # Ctrl-C is for the command; the broker ends after it
+            env=without_service(),
         )
 
     def wait_for_broker(self) -> None:
@@ -114,15 +120,17 @@ class Supervisor:
         raise BrokerUnavailable(f"broker={self.path!r}: the broker did not start (exit code {code})")
 
     def watch_broker(self) -> None:
-        """Start another broker when ours has died; more slowly when it keeps dying."""
+        """Start another broker when ours has ended and no other serves; more slowly when it keeps dying."""
         if self.broker is not None and self.broker.poll() is not None:
             code = self.broker.returncode
             self.broker = None
             self.failures = 0 if time.monotonic() - self.started > 5 else min(self.failures + 1, len(PAUSE) - 1)
-            self.restart_at = time.monotonic() + (1.0 if code == ALREADY_RUNNING else PAUSE[self.failures])
-            if code != ALREADY_RUNNING:
+            self.restart_at = time.monotonic() + PAUSE[self.failures]
+            if is_taken(self.path):
+                log.warning("another broker serves %s; if that one ends, one is started here", self.path)
+            else:
                 log.warning("the broker ended with exit code %s; starting another", code)
-        if self.restart_at is not None and time.monotonic() >= self.restart_at:
+        if self.restart_at is not None and time.monotonic() >= self.restart_at and not is_taken(self.path):
             self.start_broker()
 
     def stop_broker(self) -> None:

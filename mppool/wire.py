@@ -13,10 +13,14 @@ links. A message is a fixed head and, for some, a body of bytes (a session's bag
     PUT       broker -> keeper    pool, slot, generation + descriptor     answered KEPT
     DROP      broker -> keeper    pool, slot, generation
     GIVE_ALL  broker -> keeper                                            answered with a PUT a session, then SHOWN
+    LEAVE     broker -> keeper    pool                                    the broker goes, workers are there: watch over it
+    REPLACE   next broker -> broker    make room for me                   answered LEAVE when the place is free, or REFUSED
+    REPLACED  next broker -> the last  I serve; if the link ends without this, the last one comes back
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from enum import IntEnum
 from typing import NamedTuple
@@ -25,7 +29,7 @@ from mppool.errors import ProtocolError
 from mppool.kernel.link import MAX_MESSAGE
 from mppool.options import MAX_SLOTS
 
-__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "OtherVersion", "decode", "encode", "pack_held", "unpack_held"]
+__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "OtherVersion", "decode", "encode", "is_pool", "pack_held", "unpack_held"]
 
 WIRE_VERSION = 0xA1  # A: mppool; anything else that begins otherwise is not ours
 MAX_BAGGAGE = 64 * 1024
@@ -56,6 +60,9 @@ class Kind(IntEnum):
     KEPT = 17
     DROP = 18
     GIVE_ALL = 19
+    LEAVE = 20
+    REPLACE = 21
+    REPLACED = 22
 
 
 _KINDS = {int(kind): kind for kind in Kind}
@@ -99,7 +106,7 @@ def decode(data: bytes, descriptors: int) -> Message:
 
 
 def pack_held(ident: str, baggage: bytes) -> bytes:
-    """The body of PUT and DROP: which pool, and the baggage."""
+    """The body of PUT, DROP, KEPT and LEAVE: which pool, and the baggage."""
     name = ident.encode()
     return bytes([len(name)]) + name + baggage
 
@@ -108,3 +115,8 @@ def unpack_held(body: bytes) -> tuple[str, bytes]:
     if not body or len(body) < 1 + body[0]:
         raise ProtocolError("a held session without the name of its pool")
     return body[1 : 1 + body[0]].decode(errors="replace"), body[1 + body[0] :]
+
+
+def is_pool(ident: str) -> bool:
+    """Can this be the name of a pool? What comes over a link becomes part of a path only if it can."""
+    return re.fullmatch("mppool-[0-9a-f]{8}-[0-9a-f]{10}", ident) is not None

@@ -16,6 +16,7 @@ from mppool.cli.render import render_gc, render_status
 from mppool.errors import BrokerUnavailable, Error, OptionError
 from mppool.inspect import collect_garbage, find_pool, open_pools
 from mppool.kernel.runtime import check_directory, socket_path
+from mppool.kernel.systemd import Service
 from mppool.launch import ALREADY_RUNNING
 
 __all__ = ["main"]
@@ -46,26 +47,38 @@ def cli() -> None:
 
 @cli.command(epilog=EXIT_CODES)
 @socket_option
+@click.option("--replace", is_flag=True, help="Take the place of a broker that runs, without losing a session. It ends with exit code 0.")
 @click.option("--background", is_flag=True, help="Return as soon as the broker listens; it goes on in the background.")
 @click.option("--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS", help="End after so long without any worker.")
 @click.option("--verbose", "-v", is_flag=True, help="Log what happens.")
-def broker(socket: str | None, background: bool, idle_exit: float | None, verbose: bool) -> None:
-    """Serve all pools of this user until SIGTERM."""
+def broker(socket: str | None, replace: bool, background: bool, idle_exit: float | None, verbose: bool) -> None:
+    """Serve all pools of this user until SIGTERM. Under systemd: a listener it passes is used, its watchdog fed, its store of descriptors, too."""
     from mppool import broker as brokers
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    path = socket_path(socket)
+    service = Service()
+    listener = None if background else service.take_listener()
+    path = socket_path(socket) if listener is None else same_path(socket, listener.getsockname())
     if idle_exit is not None and math.isnan(idle_exit):
         raise click.BadParameter(f"{idle_exit} is no time; expected seconds, 0 or more", param_hint="--idle-exit")
     if background:
-        go_to_background(path, idle_exit)
+        go_to_background(path, idle_exit, replace)
     try:
-        brokers.serve(path, idle_exit, ready=lambda: None)
+        brokers.serve(path, idle_exit, replace=replace, service=service, listener=listener)
     except brokers.AlreadyRunning as error:
         fail(str(error), ALREADY_RUNNING)
 
 
-def go_to_background(path: str, idle_exit: float | None) -> NoReturn:
+def same_path(socket: str | None, passed: str) -> str:
+    """The path of the listener that systemd passes. Raises Error if another one is asked for."""
+    if socket or os.environ.get("MPPOOL_BROKER"):
+        asked = socket_path(socket)
+        if os.path.realpath(asked) != os.path.realpath(passed):
+            raise Error(f"broker={asked!r}: systemd passes a listener at {passed!r}; ListenSequentialPacket= and --socket must name the same path")
+    return socket_path(passed)
+
+
+def go_to_background(path: str, idle_exit: float | None, replace: bool) -> NoReturn:
     """Fork; the parent waits until the child listens, or says why it does not, and exits."""
     from mppool import broker as brokers
 
@@ -88,7 +101,7 @@ def go_to_background(path: str, idle_exit: float | None) -> NoReturn:
             os.write(writer, b"0 ")
             os.close(writer)
 
-        brokers.serve(path, idle_exit, ready=ready)
+        brokers.serve(path, idle_exit, ready, replace=replace)
     except brokers.AlreadyRunning as error:
         os.write(writer, f"{ALREADY_RUNNING} {error}".encode())
     except Exception as error:

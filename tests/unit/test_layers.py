@@ -20,13 +20,13 @@ LAYERS = [
     ["drivers"],
     ["worker", "conversation", "returning", "dialing", "alone", "checkout"],
     ["launch", "pool", "aio"],
-    ["keeper", "desk", "broker"],
+    ["keeper", "desk", "fdstore", "succession", "broker"],
     ["inspect", "supervisor"],
     ["integrations", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 WORKERS_SIDE = {"worker", "conversation", "returning", "dialing", "alone", "checkout", "launch", "pool", "aio"}
-BROKERS_SIDE = {"keeper", "desk", "broker"}
+BROKERS_SIDE = {"keeper", "desk", "fdstore", "succession", "broker"}
 EDGE = {"integrations", "cli"}
 
 ROOT = Path(mppool.__file__).parent
