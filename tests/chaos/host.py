@@ -95,6 +95,7 @@ class Host:
         self.upstream_port = free_port()
         self.relay: Actor | None = None
         self.relay_port = free_port()
+        self.quiet_after = 0.0
         # What explains failures.
         self.trouble: list[tuple[float, float]] = []  # times in which waiting takes long
         self.refused: list[tuple[float, float]] = []
@@ -427,11 +428,12 @@ class Host:
         for pid in list(self.names):
             self.signal(pid, signal.SIGCONT)
         self.board[PACE] = SLOW if self.with_broker else SILENT
-        self.report.note("quiet")
+        self.report.note("calm")
 
     def reckon(self) -> None:
         """All is quiet: what is lost, what was crossed, what failed without a reason?"""
         report, board = self.report, self.board
+        began = time.monotonic()
         if self.with_broker:
             self.until(lambda: answers(self.path), 15, "a broker that answers")
         else:
@@ -440,14 +442,18 @@ class Host:
                 (self.kill_worker if place % 2 else self.end_worker)(place)
         self.until(lambda: not any(BASE <= place < BYSTANDER for place in self.actors), 30, "those who came for a while are gone")
         self.until(lambda: self.with_broker or len(self.actors) == 1, 30, "the workers have ended")
+        report.note(f"all are there after {time.monotonic() - began:.3f} s")
         self.lease_whole_cap()
         board[PACE] = SILENT
         if not self.until(lambda: not board.is_busy() and not self.strangers(), 30, "no request and no fork child left"):
             for actor in self.actors.values():
                 self.signal(actor.pid, signal.SIGUSR1)
+        report.note(f"nobody asks after {time.monotonic() - began:.3f} s")
         deadline = time.monotonic() + SETTLING
         while (wrong := self.what_is_wrong()) and time.monotonic() < deadline:
             self.live_until(time.monotonic() + 0.01)
+        self.quiet_after = time.monotonic() - began
+        report.took("quiet_ms", self.quiet_after)
         for text in wrong:
             report.find(f"when all was quiet: {text}")
         self.listen()
@@ -470,9 +476,9 @@ class Host:
                 answer = ast.literal_eval(one.orders.recv(4096).decode() or "{}")
                 self.bystander_said(answer)
         missing = answer.get("cap", 1) - answer.get("leased", 0)
-        if missing:
+        if missing or answer["error"]:
             self.report.figures["lost"] += missing
-            self.report.find(f"the whole cap could not be leased: {answer or 'no answer'}")
+            self.report.find(f"the whole cap could not be leased, exactly: {answer or 'no answer'}")
         else:
             self.report.took("whole_ms", answer["seconds"])
 

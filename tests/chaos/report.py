@@ -28,7 +28,7 @@ class Report:
         self.began = time.monotonic()
         self.done: Counter[str] = Counter()
         self.figures: Counter[str] = Counter()
-        self.longest: dict[str, float] = {"whole_ms": 0.0, "fin_ms": 0.0}
+        self.longest: dict[str, float] = {"whole_ms": 0.0, "quiet_ms": 0.0, "fin_ms": 0.0}
         self.findings: list[str] = []
         self.last: deque[tuple[float, str]] = deque(maxlen=400)
 
