@@ -107,6 +107,8 @@ def open_existing(name: str, *, again: bool = True) -> SharedWords | None:
         raise Error(f"{SHM}{name} belongs to another user") from error
     except OSError as error:
         raise _explained(error, name, 0) from error
+    except ValueError as error:  # what the C library makes of a directory
+        raise Error(f"{SHM}{name} is no file; somebody else made it, and it is not ours to use") from error
     try:
         info = os.fstat(shm.fd)
         check_ours(info, SHM + name)

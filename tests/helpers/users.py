@@ -21,9 +21,10 @@ import mppool
 from mppool.kernel.memory import SHM
 from tests.helpers.processes import Child, die_with_parent, eventually
 
-__all__ = ["ALICE", "BOB", "NOBODY", "Home", "as_root", "as_user", "become", "broker_of", "home_of", "names_of", "run_as"]
+__all__ = ["ALICE", "BOB", "Home", "as_root", "as_user", "become", "broker_of", "home_of", "names_of", "run_as"]
 
-ALICE, BOB, NOBODY = 64011, 64012, 65534  # users nobody has given any rights; the first two are only these tests'
+# Users that nobody has given any rights, and that no other run of these tests is.
+ALICE, BOB = (100_000 + 2 * (os.getpid() % 1_000_000) + which for which in (0, 1))
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as other users")
 
