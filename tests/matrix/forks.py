@@ -362,14 +362,15 @@ def posix_spawn(scene: Scene) -> None:
     no_descriptor_reaches(scene, lambda: os.posix_spawn("/bin/sleep", ["sleep", "60"], os.environ))
 
 
-# Forks while another thread is inside a checkout.
+# Forks while another thread is inside a checkout. C forks only where that thread waits: beside a thread that runs Python
+# code, a child forked without Python's hooks hangs for the interpreter's own lock, with or without a pool.
 
 
-def forks_meanwhile(pool: mppool.Pool, scene: Scene, forking: Callable[[], int], times: int) -> None:
+def forks_meanwhile(pool: mppool.Pool, scene: Scene, times: int) -> None:
     """Fork so many children that use the pool, one after the other, the last three at once."""
     children = []
     for n in range(times):
-        pid = forking()
+        pid = os.fork()
         if pid == 0:
             code = 1
             with contextlib.suppress(BaseException):
@@ -384,27 +385,6 @@ def forks_meanwhile(pool: mppool.Pool, scene: Scene, forking: Callable[[], int],
             children.clear()
 
 
-def on_the_fast_path(scene: Scene, forking: Callable[[], int]) -> None:
-    def worker(child: Child) -> None:
-        pool, stop = scene.pool(), threading.Event()
-        threads = [threading.Thread(target=hurry, args=(pool, scene.tally, stop)) for _ in range(2)]
-        threads.append(threading.Thread(target=keep_using, args=(pool, scene.tally, "thread", stop)))
-        use(pool, scene.tally, "before", 1)
-        for thread in threads:
-            thread.start()
-        try:
-            forks_meanwhile(pool, scene, forking, 12)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        use(pool, scene.tally, "after", 3)
-        pool.close()
-
-    with fork(worker) as (child,):
-        child.result()
-
-
 def hurry(pool: mppool.Pool, tally: Tally, stop: threading.Event) -> None:
     """Check out and return, as quickly as can be."""
     while not stop.is_set():
@@ -417,12 +397,24 @@ def hurry(pool: mppool.Pool, tally: Tally, stop: threading.Event) -> None:
 
 @row("fork while threads are on the fast path", workers=4, cap=2)
 def fast_path(scene: Scene) -> None:
-    on_the_fast_path(scene, os.fork)
+    def worker(child: Child) -> None:
+        pool, stop = scene.pool(), threading.Event()
+        threads = [threading.Thread(target=hurry, args=(pool, scene.tally, stop)) for _ in range(2)]
+        threads.append(threading.Thread(target=keep_using, args=(pool, scene.tally, "thread", stop)))
+        use(pool, scene.tally, "before", 1)
+        for thread in threads:
+            thread.start()
+        try:
+            forks_meanwhile(pool, scene, 12)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        use(pool, scene.tally, "after", 3)
+        pool.close()
 
-
-@row("C fork while threads are on the fast path", workers=4, cap=2)
-def c_fast_path(scene: Scene) -> None:
-    on_the_fast_path(scene, c_fork)
+    with fork(worker) as (child,):
+        child.result()
 
 
 def while_waiting(scene: Scene, forking: Callable[[], int]) -> None:
