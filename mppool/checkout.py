@@ -10,22 +10,24 @@ pool.py, and comes here with what it holds as soon as anything is unusual.
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from typing import Any
 
 from mppool import alone, claims
+from mppool.attached import Entry
 from mppool.claims import Lane
 from mppool.conversation import attach, connect, fetch, settle_abandoned, wait_turn
 from mppool.dialing import open_session
-from mppool.errors import DialFailed, PoolTimeout
+from mppool.errors import DialFailed, PoolClosed, PoolTimeout
+from mppool.line import Descriptor
 from mppool.returning import discard
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story
+from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
-from mppool.worker import Entry, Hands, Ready, Worker
+from mppool.worker import Hands, Worker
 
 __all__ = ["checkout"]
 
@@ -34,21 +36,21 @@ FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table wh
 Held = tuple[Lane, Entry]
 
 
-def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Story[Any]:
-    """Lend a session within ``timeout`` seconds. ``ready``: what the fast path holds already, but found odd.
+def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[Any]:
+    """Lend a session within ``timeout`` seconds. ``found``: one that the fast path has put into our hands, but found odd.
 
-    Raises PoolTimeout, TooManyWaiting, DialFailed (the server is down for good), BrokerUnavailable (not ours). Then, and
-    whenever it is interrupted, nothing is lent and nothing is held.
+    Raises PoolTimeout, TooManyWaiting, DialFailed (the server is down for good), BrokerUnavailable (not ours), PoolClosed. Then, and
+    whenever it is interrupted, nothing is lent, and nothing is held once the caller has settled ``hands``.
     """
-    hands = Hands(worker)
+    worker = hands.worker
     began = time.monotonic()
     try:
-        if ready is not None:
-            entry, lane = ready
-            hands.take(lane)
+        if found is not None:
+            lane = hands.taken[0]
             worker.bump(R_CLAIMED)
-            if (yield from fit(hands, lane, entry)):
-                return worker.lend(lane, entry)
+            if (yield from fit(hands, lane, found)):
+                return worker.lend(lane, found)
+        fail_if_closed(worker)
         worker.tidy()
         held = None if worker.must_queue() else (yield from seize(hands))
         if held is None:
@@ -61,7 +63,6 @@ def checkout(worker: Worker, timeout: float, ready: Ready | None = None) -> Stor
         worker.note_waiting(hands, False)
         if isinstance(error, PoolTimeout):
             worker.bump(R_TIMEOUTS)
-        hands.settle()
         raise
 
 
@@ -76,11 +77,13 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     until = began + timeout
     pause = FIRST_POLL
     front = False
+    settle_strays(worker)
     yield from settle_abandoned(worker)
     yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
+        fail_if_closed(worker)
         fail_if_down_for_good(worker)
         crowded = len(worker.lanes) < worker.table.slots // 2  # so many threads wait here that claims need the rest of our lanes
         line = None if crowded else (yield from connect(worker))
@@ -96,8 +99,10 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
         turn = yield from wait_turn(hands, line, until, front)
         front = turn.dial or turn.lane is not None  # whose turn came to nothing is still the first
         if turn.lane is not None:
-            entry = yield from receive_grant(hands, turn.lane, turn.fd, turn.baggage)
-            if entry is not None and (yield from fit(hands, turn.lane, entry)):
+            entry = yield from receive_grant(hands, turn.lane, turn.given, turn.baggage)
+            if entry is None:
+                yield Pause(FIRST_POLL)  # whatever keeps us from having it may last
+            elif (yield from fit(hands, turn.lane, entry)):
                 return turn.lane, entry
         elif turn.dial:
             held = yield from open_session(hands)
@@ -130,6 +135,11 @@ def timed_out(worker: Worker, timeout: float) -> PoolTimeout:
     if worker.words[W_FAILURES]:
         error.__cause__ = DialFailed(worker.table.text("dial_error"))
     return error
+
+
+def fail_if_closed(worker: Worker) -> None:
+    if worker.closing:
+        raise PoolClosed(f"pool {worker.table.text('name')!r} was closed meanwhile")
 
 
 def fail_if_down_for_good(worker: Worker) -> None:
@@ -176,39 +186,24 @@ def take(hands: Hands, k: int) -> Story[Held | None]:
         return None
     entry = worker.attached(k) or (yield from fetch(worker, k))
     if entry is None:
-        pass_over(hands, lane)
+        worker.pass_over(lane)
         return None
     worker.unlist(entry)
     return (lane, entry) if (yield from fit(hands, lane, entry)) else None
 
 
-def receive_grant(hands: Hands, lane: Lane, fd: int, baggage: bytes) -> Story[Entry | None]:
+def receive_grant(hands: Hands, lane: Lane, given: Descriptor | None, baggage: bytes) -> Story[Entry | None]:
     """The broker granted us a session: find our entry for it, attach the descriptor that came with it, or fetch one."""
     worker = hands.worker
     k = claims.named(worker.words[lane.at])
     entry = worker.attached(k)
-    if entry is not None:
-        if fd >= 0:
-            os.close(fd)
-    elif fd >= 0:
-        entry = yield from attach(worker, k, fd, baggage)
-    else:
-        entry = yield from fetch(worker, k)
     if entry is None:
-        pass_over(hands, lane)
+        entry = (yield from attach(worker, k, given, baggage)) if given is not None else (yield from fetch(worker, k))
+    if entry is None:
+        worker.pass_over(lane)
         return None
     worker.unlist(entry)
     return entry
-
-
-def pass_over(hands: Hands, lane: Lane) -> None:
-    """Leave a session as it is for others: claimed, but not to be had by us."""
-    worker = hands.worker
-    slot = worker.slot(claims.named(worker.words[lane.at]))
-    worker.mem[slot.state_at] = State.IDLE
-    claims.release(worker.words, lane, slot)
-    hands.give(lane)
-    worker.look()
 
 
 def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:

@@ -60,11 +60,15 @@ class Slot:
         self.state_at = table.states_byte + k
         self.trying, self.held, self.granted, self.limbo = (k << 3 | kind for kind in (TRYING, HELD, GRANTED, LIMBO))
 
+    def close(self) -> None:
+        """The semaphore is unmapped: no thread of this process may use the slot any more."""
+        self.token.close()
+
 
 class Lane:
     """One lane of this process's row.
 
-    ``sure``: we hold what the lane names, beyond doubt. ``owner`` is the story that uses the lane now; only that one settles it.
+    ``sure``: we hold what the lane names, beyond doubt. ``owner`` numbers the story that took the lane last; only that one settles it.
     """
 
     __slots__ = ("at", "index", "owner", "sure")
@@ -73,7 +77,7 @@ class Lane:
         self.index = index
         self.at = row.lanes_at + index
         self.sure = False
-        self.owner: object = None
+        self.owner = 0
 
 
 def named(word: int) -> int:

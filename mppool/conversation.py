@@ -6,20 +6,24 @@ found here, and given the duplicates it lacks.
 
 from __future__ import annotations
 
-import os
+import logging
 import random
 import time
 from typing import NamedTuple
 
 from mppool import claims
+from mppool.attached import Entry
 from mppool.claims import Lane, named
-from mppool.errors import BrokerUnavailable, TooManyWaiting
+from mppool.errors import BrokerUnavailable, Error, TooManyWaiting
+from mppool.line import Descriptor, Line, LineLost, Received
 from mppool.story import Attach, Receive, Story
 from mppool.table import R_FETCHES, R_REJECTED, W_BEAT
 from mppool.wire import FRONT, RESIDENT, Kind, Message
-from mppool.worker import Entry, Hands, Line, LineLost, Worker
+from mppool.worker import Hands, Worker
 
-__all__ = ["connect", "fetch", "settle_abandoned", "share", "wait_turn"]
+__all__ = ["attach", "connect", "fetch", "settle_abandoned", "share", "wait_turn"]
+
+log = logging.getLogger("mppool")
 
 ANSWER = 1.0  # seconds within which a living broker answers
 LOOK_AGAIN = 0.05  # seconds between two tries to find a broker
@@ -111,11 +115,11 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
         if answer is None:
             return None
         done = True
-        message, fd = answer
-        if message.kind is not Kind.SESSION:
+        message, given = answer
+        if message.kind is not Kind.SESSION or given is None:
             return None
         worker.bump(R_FETCHES)
-        return (yield from attach(worker, k, fd, message.body))
+        return (yield from attach(worker, k, given, message.body))
     except LineLost:
         return None
     finally:
@@ -125,16 +129,29 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
             line.close()  # a late answer must not be taken for the next one
 
 
-def attach(worker: Worker, k: int, fd: int, baggage: bytes) -> Story[Entry]:
-    conn = yield Attach(fd, baggage)
-    return worker.attach(k, conn)
+def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[Entry | None]:
+    """A session of the descriptor that the broker gave us for slot k, which we hold. None if it is anything else than that session's socket.
+
+    Raises Error if it cannot be attached here; the session is what it was.
+    """
+    if not worker.table.is_session(k, given.fd):
+        log.error("pool %r: the broker gave another socket for slot %d than was dialed there", worker.table.text("name"), k)
+        return None
+    conn = None
+    try:
+        conn = yield Attach(given.fd, baggage)
+        return worker.attach(k, conn)
+    except Exception as error:
+        if conn is not None:
+            worker.driver.abort(conn)
+        raise error if isinstance(error, Error) else Error(f"a session cannot be attached in this process: {type(error).__name__}: {error}") from error
 
 
 class Turn(NamedTuple):
     """How waiting ended: with a session that ``lane`` holds (and perhaps a descriptor of it), the right to dial, or neither."""
 
     lane: Lane | None = None
-    fd: int = -1
+    given: Descriptor | None = None
     baggage: bytes = b""
     dial: bool = False
 
@@ -158,11 +175,11 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
                 turn = understand(worker, lane, answer)
                 break
             worker.tidy()
-            if time.monotonic() >= until or not worker.broker_beats():
+            if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
                 asked = False
                 if struck is None:
-                    lane.owner = None
+                    lane.owner = 0
                     worker.abandoned.append((line, lane))
                     return Turn()
                 worker.lines.append(line)
@@ -174,7 +191,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
         turn = granted(worker, lane)
     except BaseException:
         if asked:
-            lane.owner = None
+            lane.owner = 0
             give_up(worker, line, lane)
         raise
     if turn.lane is None:
@@ -182,11 +199,13 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
     return turn
 
 
-def understand(worker: Worker, lane: Lane, answer: tuple[Message, int]) -> Turn:
+def understand(worker: Worker, lane: Lane, answer: Received) -> Turn:
     """The broker's answer to a WAIT."""
-    message, fd = answer
+    message, given = answer
     if message.kind is Kind.GRANT:
-        return granted(worker, lane)._replace(fd=fd, baggage=message.body)
+        named_there = named(worker.words[lane.at]) == message.number
+        turn = granted(worker, lane)
+        return turn._replace(given=given, baggage=message.body) if named_there else turn
     if message.kind is Kind.TOO_MANY:
         worker.bump(R_REJECTED)
         raise TooManyWaiting(f"max_waiting={message.number}: so many callers wait already")
@@ -212,7 +231,7 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             return None
         if answer[0].kind is Kind.STRUCK:
-            return turn
+            return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, lane, answer)
 
 
@@ -239,8 +258,6 @@ def settle_abandoned(worker: Worker) -> Story[None]:
                 if answer is None:
                     worker.abandoned.append((line, lane))
                     break
-                if answer[1] >= 0:
-                    os.close(answer[1])
                 if answer[0].kind is Kind.STRUCK:
                     worker.lines.append(line)
                     worker.refuse_grant(lane)

@@ -128,7 +128,7 @@ class Desk:
         self.queue: Queue[WorkerLink] = Queue(self.words[W_MAX_WAITING])
         self.links: set[WorkerLink] = set()
         self.rights: dict[WorkerLink, float] = {}
-        self.known: dict[int, set[tuple[int, int]]] = {}  # home -> (slot, generation) it has
+        self.known: dict[int, dict[int, int]] = {}  # home -> slot -> generation that it has
         self.shown: set[int] = set()  # homes that have shown us all they have
         self.closing: dict[int, Closing] = {}
         self.cases: list[Evidence] = []
@@ -181,6 +181,9 @@ class Desk:
         """A message of a worker. Owns ``fd``. Raises ProtocolError for what no worker would say."""
         kind, number, serial, flags, body = message
         self.rights.pop(link, None)
+        if fd >= 0 and kind is not Kind.SHARE:
+            os.close(fd)
+            raise ProtocolError(f"a worker sends no descriptor with {kind.name}")
         if kind is Kind.WAIT:
             self.wait(link, number, serial, bool(flags & FRONT))
         elif kind is Kind.LOOK:
@@ -201,10 +204,10 @@ class Desk:
     # Duplicates.
 
     def share(self, link: WorkerLink, k: int, generation: int, fd: int, baggage: bytes, resident: bool) -> None:
-        if k >= self.table.slots or self.words[self.table.generation + k] != generation or self.table.state(k) is State.FREE:
-            os.close(fd)  # ended meanwhile
+        if k >= self.table.slots or self.words[self.table.generation + k] != generation or not self.table.is_session(k, fd):
+            os.close(fd)  # ended meanwhile, or no session of ours
             return
-        self.known.setdefault(link.home, set()).add((k, generation))
+        self.known.setdefault(link.home, {})[k] = generation
         if (k in self.duplicates and self.duplicates[k].generation == generation) or k in self.closing:
             os.close(fd)
             return
@@ -250,7 +253,9 @@ class Desk:
         if duplicate is None or duplicate.generation != generation or duplicate.resident:
             link.send(Message(Kind.GONE, k))
         elif link.send(Message(Kind.SESSION, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
-            self.known.setdefault(link.home, set()).add((k, generation))
+            self.known.setdefault(link.home, {})[k] = generation
+        else:
+            link.send(Message(Kind.GONE, k))  # too many descriptors of this user are on their way, say
 
     # The queue.
 
@@ -259,6 +264,8 @@ class Desk:
             raise ProtocolError(f"a wait with lane {lane} of incarnation {incarnation}")
         self.strike(link)
         link.lane_at = self.table.lanes_at(link.row) + lane
+        if self.words[link.lane_at]:
+            raise ProtocolError(f"a wait with lane {lane}, which names a slot already")
         if not self.queue.join(link, front=front):
             link.send(Message(Kind.TOO_MANY, self.queue.limit))
             return
@@ -273,8 +280,8 @@ class Desk:
         """Give the waiters, in order, what there is: an idle session, the right to dial, or the place of a session they cannot use."""
         while self.queue:
             link = self.queue.head()
-            if link.row in self.dead or not self.still_theirs(link):
-                self.strike(link)
+            if link.row in self.dead or not self.still_theirs(link) or self.words[link.lane_at]:
+                self.strike(link)  # it is gone, or has used the lane for something else
             elif not (self.grant_idle(link) or self.grant_dial(link)):
                 self.make_room(link)
                 return
@@ -312,11 +319,13 @@ class Desk:
     def grant(self, link: WorkerLink, k: int, lane: Lane, duplicate: Duplicate | None) -> None:
         claims.grant(self.words, lane, self.slot(k), link.lane_at)
         generation = self.words[self.table.generation + k]
-        known = self.known.setdefault(link.home, set())
-        if duplicate is None or duplicate.generation != generation or (k, generation) in known:
+        known = self.known.setdefault(link.home, {})
+        if duplicate is None or duplicate.generation != generation or known.get(k) == generation:
             link.send(Message(Kind.GRANT, k, generation))
         elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
-            known.add((k, generation))
+            known[k] = generation
+        else:
+            link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
         self.lanes.append(lane)
         self.queue.serve()
         self.table.halves[H_WAITERS] = len(self.queue)
@@ -552,6 +561,10 @@ class Desk:
                 shut(closing.sock, socket.SHUT_RDWR)
                 closing.sock.close()
         self.closing.clear()
+        for slot in filter(None, self._slots):
+            slot.close()
+        self.permits.cap.close()
+        self.table.close()
         self.lock.close()
 
 

@@ -6,18 +6,20 @@ about what it held. The connection itself is made outside the lock.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
 from mppool import claims
+from mppool.attached import Entry
 from mppool.claims import Lane
 from mppool.conversation import share
 from mppool.errors import DialFailed, Error
 from mppool.returning import dial_lock, discard, free, put_down
 from mppool.states import CloseReason, State
-from mppool.story import Call, Dial, Story
+from mppool.story import Call, Close, Dial, Story
 from mppool.table import R_DIAL_FAILURES, R_DIALS, W_FAILURES, W_MAX_LIFETIME, W_MIN_SIZE
-from mppool.worker import Entry, Hands, Worker
+from mppool.worker import Hands, Worker
 
 __all__ = ["open_session", "prewarm"]
 
@@ -34,10 +36,14 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
     if lane is None:
         return None
     k = claims.named(worker.words[lane.at])
-    entry = None
+    conn = entry = None
     try:
+        hands.dialing = True
         conn = yield Dial()
         entry = worker.attach(k, conn)
+        hands.dialing = False
+        if entry.sock is not None:
+            worker.words[worker.table.socket + k] = os.fstat(entry.sock.fileno()).st_ino
         if worker.options.configure is not None:
             yield Call(worker.options.configure, conn)
     except Exception as error:
@@ -45,6 +51,9 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
         if entry is not None:
             yield from discard(hands, lane, entry, CloseReason.discarded)
         else:
+            if conn is not None:
+                yield Close(conn)
+            hands.dialing = False
             yield from free(hands, lane, None)
         yield from report(worker, error)
         if entry is not None:
@@ -110,9 +119,10 @@ def prewarm(worker: Worker) -> Story[None]:
         while worker.permits.held() < worker.words[W_MIN_SIZE]:
             held = yield from open_session(hands)
             if held is None:
-                return
+                break
             lane, entry = held
             yield from put_down(hands, lane, entry, discarded=False)
+        hands.done()
     except BaseException:
         hands.settle()
         raise

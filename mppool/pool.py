@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mppool import claims
+from mppool.attached import Entry
 from mppool.checkout import checkout
 from mppool.claims import Lane
 from mppool.dialing import prewarm
@@ -29,8 +30,9 @@ from mppool.returning import after_return, put_down
 from mppool.snapshot import snapshot
 from mppool.states import State
 from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
+from mppool.stray import settle_strays
 from mppool.table import H_FLAGS, W_ATTENTION
-from mppool.worker import Entry, Hands, Worker, never
+from mppool.worker import Hands, Worker, never
 
 __all__ = ["Lease", "Pool"]
 
@@ -107,32 +109,40 @@ class Pool:
         if timeout is not None:
             check_timeout(timeout, 0)
         words = worker.words
-        ready = None
-        if not words[W_ATTENTION] or worker.may_overtake():
-            try:
-                ready = worker.ready.pop()
-                entry, lane = ready
-                slot = entry.slot
-                uses = claims.claim(words, lane, slot)
-                if not uses:
-                    ready = None
-                    worker.lanes.append(lane)
-                elif (uses == entry.uses + 1 or words[worker.generation_at + slot.k] == entry.generation) and not entry.poll(0):
-                    now = monotonic_ns()
-                    if now < words[slot.expires_at]:
-                        entry.uses = uses
-                        worker.mem[slot.state_at] = IN_USE
-                        words[slot.since_at] = now
-                        conn = entry.conn
-                        worker.leases[id(conn)] = ready
-                        return conn
-            except IndexError:
-                pass  # no idle session here
-            except BaseException:
-                if ready is not None:
-                    worker.interrupted(*ready)
-                raise
-        return perform(worker, checkout(worker, check_timeout(timeout, self.options.timeout), ready))
+        ready = hands = None
+        try:
+            if not words[W_ATTENTION] or worker.may_overtake():
+                try:
+                    ready = worker.ready.pop()
+                except IndexError:
+                    pass  # no idle session here
+                else:
+                    entry, lane = ready
+                    slot = entry.slot
+                    uses = claims.claim(words, lane, slot)
+                    if not uses:
+                        ready = None
+                        worker.lanes.append(lane)
+                    elif (uses == entry.uses + 1 or words[worker.generation_at + slot.k] == entry.generation) and not entry.poll(0):
+                        now = monotonic_ns()
+                        if now < words[slot.expires_at]:
+                            entry.uses = uses
+                            worker.mem[slot.state_at] = IN_USE
+                            words[slot.since_at] = now
+                            conn = entry.conn
+                            worker.leases[id(conn)] = ready
+                            return conn
+            hands = Hands(worker, ready[1] if ready is not None else None)
+            conn = perform(worker, checkout(hands, check_timeout(timeout, self.options.timeout), ready[0] if ready is not None else None))
+            hands.done()
+            return conn
+        except BaseException:
+            if hands is not None:
+                hands.settle()
+            elif ready is not None:
+                worker.interrupted(*ready)
+            self._leave_if_done(worker)
+            raise
 
     def putconn(self, conn: Any, *, discard: bool = False) -> None:
         """Give a lent session back; with ``discard`` it is closed. Raises Error if it is not lent (any more)."""
@@ -155,16 +165,18 @@ class Pool:
                 hands = Hands(worker, lane)
                 ready = None
                 self._put_slowly(hands, entry, lane, discard)
+                hands.done()
         except BaseException:
             if hands is not None:
                 hands.settle()
             elif ready is not None and ready not in worker.idle:
                 worker.settle(ready[1])
+            self._leave_if_done(worker)
             raise
         if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
             perform(worker, after_return(worker))
-        if worker is self._leaving and not worker.leases:
-            self._leave(worker)
+        if worker is self._leaving:
+            self._leave_if_done(worker)
 
     def _put_slowly(self, hands: Hands, entry: Entry, lane: Lane, discard: bool) -> None:
         if entry.lent is not entry.conn:  # debug: the user's duplicate ends with the lease
@@ -200,16 +212,17 @@ class Pool:
     def close(self) -> None:
         """This process uses the pool no more: idle sessions go on in others, and what is still lent is closed at its return.
 
-        Does not end the pool for other workers. May be repeated.
+        Threads that wait for a session get PoolClosed, within a second. Does not end the pool for other workers. May be repeated.
         """
         with self._opening:
             self._closed = True
             worker, self._worker = self._worker, None
         if worker is not None and worker.guard[0]:
             worker.returns_plainly = never
+            worker.closing = True
             self._leaving = worker
-            if not worker.leases:
-                self._leave(worker)
+            settle_strays(worker)
+            self._leave_if_done(worker)
 
     def resize(self, max_size: int) -> None:
         """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle."""
@@ -270,6 +283,11 @@ class Pool:
         if self.options.min_size:
             perform(worker, prewarm(worker))
         return worker
+
+    def _leave_if_done(self, worker: Worker) -> None:
+        """After ``close()``: whoever brings back the last lease, or stops waiting, in whatever thread, leaves."""
+        if worker is self._leaving and worker.is_quiet():
+            self._leave(worker)
 
     def _leave(self, worker: Worker) -> None:
         self._leaving = None

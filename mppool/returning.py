@@ -6,6 +6,7 @@ import socket
 import time
 
 from mppool import claims
+from mppool.attached import Entry
 from mppool.claims import Lane
 from mppool.conversation import connect
 from mppool.permits import SPIN, Section
@@ -13,7 +14,7 @@ from mppool.reclaim import free_slot
 from mppool.states import CloseReason, State
 from mppool.story import Call, Close, Ended, Pause, Story
 from mppool.table import H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
-from mppool.worker import Entry, Hands, Worker
+from mppool.worker import Hands, Worker
 
 __all__ = ["after_return", "dial_lock", "discard", "free", "put_down"]
 
@@ -68,6 +69,7 @@ def shed(worker: Worker) -> Story[None]:
                 hands.give(lane)
             else:
                 yield from discard(hands, lane, entry, CloseReason.drained)
+        hands.done()
     except BaseException:
         hands.settle()
         raise
@@ -99,7 +101,7 @@ def free(hands: Hands, lane: Lane, reason: CloseReason | None) -> Story[None]:
     if inside:
         hands.give(lane)
     else:
-        lane.owner = None
+        lane.owner = 0
         worker.unfinished.append(lane)  # somebody stopped holds the dial lock: when we next come by
     if reason is not None:
         worker.bump(R_CLOSED + reason)

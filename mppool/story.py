@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from mppool.worker import Line
+    from mppool.line import Line
 
 __all__ = ["Attach", "Call", "Dial", "Ended", "Pause", "Receive", "Request", "Story"]
 
@@ -25,7 +25,7 @@ class Dial:
 
 @dataclass(frozen=True)
 class Attach:
-    """Make a session of a descriptor and its baggage; answer: the session. Owns the descriptor, also when it fails."""
+    """Make a session of a duplicate of a descriptor and its baggage; answer: the session."""
 
     fd: int
     baggage: bytes

@@ -30,7 +30,7 @@ from mppool.states import MOVES, CloseReason, State
 __all__ = ["Row", "Table", "attach_or_create", "creation_lock", "lock_path"]
 
 MAGIC = 0x6D70706F6F6C3A31  # "mppool:1"
-VERSION = 1
+VERSION = 2
 ROWS = 512
 
 # Bytes of the lock file.
@@ -73,8 +73,8 @@ _HEADER = 64  # words
 _TEXTS = {"name": 64, "target": 256, "key": 256, "broker": 128, "dial_error": 256}  # bytes, in this order
 
 # Fields of a slot, each an array.
-S_GENERATION, S_USES, S_SHARED, S_SPREAD, S_PERMIT, S_HOME, S_EXPIRES, S_SINCE = range(8)
-_SLOT_FIELDS = 8
+S_GENERATION, S_USES, S_SHARED, S_SPREAD, S_PERMIT, S_HOME, S_EXPIRES, S_SINCE, S_SOCKET = range(9)
+_SLOT_FIELDS = 9
 
 # Words of a row; then WAIT_BUCKETS of waits, then its lanes.
 (
@@ -136,7 +136,7 @@ class Table:
             raise ProtocolError(f"pool table {ident} has lost its lock file (somebody removed it from {memory.SHM}); end its workers, then mppool gc")
         self.states_byte = _states_byte()
         slot_at = (self.states_byte + self.slots) // 8
-        self.generation, self.uses, self.shared_flag, self.spread, self.permit, self.home, self.expires, self.since = (
+        self.generation, self.uses, self.shared_flag, self.spread, self.permit, self.home, self.expires, self.since, self.socket = (
             slot_at + field * self.slots for field in range(_SLOT_FIELDS)
         )
         self._rows_at = slot_at + _SLOT_FIELDS * self.slots
@@ -159,6 +159,10 @@ class Table:
     def array(self, at: int) -> list[int]:
         """A whole field of all slots."""
         return self.words[at : at + self.slots].tolist()
+
+    def is_session(self, k: int, fd: int) -> bool:
+        """Is this descriptor the very socket that slot k's dialer connected? (The kernel numbers sockets; no message can lie about it.)"""
+        return os.fstat(fd).st_ino == self.words[self.socket + k]
 
     # States.
 

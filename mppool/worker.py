@@ -6,26 +6,24 @@ descriptors, memory and locks; what happens to them in which order is told in ch
 
 from __future__ import annotations
 
-import _socket
+import itertools
 import logging
 import os
-import select
 import socket
-import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from mppool import claims
+from mppool.attached import Entry
 from mppool.claims import Lane, Slot, named
 from mppool.drivers.base import Driver
-from mppool.errors import BrokerUnavailable, Error, ProtocolError
-from mppool.kernel import link
+from mppool.errors import BrokerUnavailable, Error
 from mppool.kernel.process import ForkGuard, check_descriptors
-from mppool.kernel.runtime import pool_id
+from mppool.kernel.runtime import distrust, pool_id
+from mppool.line import Line
 from mppool.options import Options
 from mppool.permits import Permits
 from mppool.reclaim import Reclaimer, free_slot
@@ -48,135 +46,15 @@ from mppool.table import (
     creation_lock,
     remove_if_unused,
 )
-from mppool.wire import Kind, Message, OtherVersion, decode, encode
+from mppool.wire import Kind, Message, encode
 
-__all__ = ["Entry", "Hands", "Line", "LineLost", "Ready", "Worker"]
+__all__ = ["Hands", "Ready", "Worker"]
 
 log = logging.getLogger("mppool")
 
 LOOK = encode(Message(Kind.LOOK))
 SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
-
-
-class LineLost(Exception):
-    """The broker has gone, or has closed this link."""
-
-
-class Line:
-    """One link to the broker, used for one conversation at a time. Owns its socket."""
-
-    __slots__ = ("epoch", "sock")
-
-    def __init__(self, path: str) -> None:
-        self.sock = link.connect(path)
-        self.epoch = 0
-
-    def send(self, message: Message, fd: int = -1) -> None:
-        """Raises LineLost if the broker is gone or so far behind that its queue is full."""
-        try:
-            link.send(self.sock, encode(message, 1 if fd >= 0 else 0), fd)
-        except OSError as error:
-            self.close()
-            raise LineLost from error
-
-    def receive(self) -> tuple[Message, int] | None:
-        """The next message and its descriptor (-1: none; else the caller's), None if there is none yet. Raises LineLost."""
-        fd = -1
-        try:
-            data, fd = link.receive(self.sock)
-            if not data:
-                raise LineLost
-            return decode(data, 1 if fd >= 0 else 0), fd
-        except BlockingIOError:
-            return None
-        except (OSError, ProtocolError, LineLost) as error:
-            if fd >= 0:
-                os.close(fd)
-            self.close()
-            if isinstance(error, OtherVersion):
-                raise BrokerUnavailable(f"the broker is of another version: {error}; use the same mppool for both") from error
-            if isinstance(error, ProtocolError):
-                log.error("link to the broker closed: %s", error)
-            raise LineLost from error
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class Entry:
-    """A session attached in this process: the driver's object, and a socket of our own, whatever the user does to his.
-
-    ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
-    """
-
-    __slots__ = ("closed", "conn", "generation", "lent", "poll", "slot", "sock", "uses")
-
-    def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
-        self.slot = slot
-        self.generation = generation
-        self.uses = uses  # when we last had it; unchanged means that nobody had it since
-        self.conn = conn
-        self.closed = False  # by its driver
-        self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
-        self.sock = duplicate(fd) if fd >= 0 else None
-        self.poll: Callable[[int], list[tuple[int, int]]] = _nothing
-        if self.sock is not None:
-            poller = _poll()
-            poller.register(self.sock, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
-            self.poll = poller.poll
-
-    def shutdown(self, how: int) -> None:
-        """End the connection, or our side of it, for everybody who has it."""
-        if self.sock is not None:
-            try:
-                self.sock.shutdown(how)
-            except OSError:
-                pass  # the server was faster
-
-    def has_ended(self) -> bool:
-        """After our side was shut down: has the server ended its own? Reads and drops what it still sends."""
-        return self.sock is None or link.has_ended(self.sock)
-
-    def why_readable(self) -> CloseReason:
-        """The idle session has something to read: bytes nobody asked for, or the end?"""
-        try:
-            unread = self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) if self.sock is not None else b""
-        except OSError:
-            unread = b""
-        return CloseReason.unread_data if unread else CloseReason.peer_closed
-
-    def close(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
-
-
-def duplicate(fd: int) -> _socket.socket | None:
-    """A socket of our own for the same connection; None if the descriptor is not a socket's.
-
-    Duplicated and wrapped in one step of the interpreter: an exception from a signal handler in between would leave a
-    descriptor that nobody owns, and a connection that nobody ends.
-    """
-    made: list[_socket.socket] = []
-    try:
-        made.extend(map(_socket.socket, (-1,), (-1,), (-1,), map(os.dup, (fd,))))
-    except OSError:
-        return None
-    return made[0]
-
-
-def _poll() -> Any:
-    """``select.poll`` itself, also where gevent has put its own in its place: with a timeout of 0 it never waits."""
-    if "gevent.monkey" in sys.modules:
-        return sys.modules["gevent.monkey"].get_original("select", "poll")()
-    return select.poll()
-
-
-def never(_session: Any) -> bool:
-    return False
-
-
-def _nothing(_timeout: int) -> list[tuple[int, int]]:
-    return []
+_serials = itertools.count(1)
 
 
 # A session and the lane for it: an empty one in the local idle list, the one that holds it in a lease. Whoever takes the pair
@@ -185,14 +63,17 @@ Ready = tuple[Entry, Lane]
 
 
 class Hands:
-    """What a story in progress holds: the lanes it took and has not given back. One handler, at the story's top, settles them."""
+    """What a story in progress holds: the lanes it took and has not given back. Whoever tells the story settles them if it is interrupted."""
 
-    __slots__ = ("taken", "worker")
+    __slots__ = ("__weakref__", "dialing", "serial", "taken", "worker")
 
     def __init__(self, worker: Worker, lane: Lane | None = None) -> None:
-        """``lane``: one that a lease gives up."""
+        """``lane``: one that a lease or the local idle list gives up."""
         self.worker = worker
         self.taken: list[Lane] = []
+        self.serial = next(_serials)
+        self.dialing = False  # a connection is being made that nothing else here knows of
+        worker.stories.add(self)
         if lane is not None:
             self.take(lane)
 
@@ -203,9 +84,12 @@ class Hands:
                 lane = self.worker.lanes.pop()
             except IndexError:
                 raise Error(f"all {self.worker.table.slots} lanes of this process are in use") from None
-        lane.owner = self
+        lane.owner = self.serial
         self.taken.append(lane)
         return lane
+
+    def holds(self, lane: Lane) -> bool:
+        return lane.owner == self.serial
 
     def claim(self, lane: Lane, slot: Slot) -> bool:
         if not claims.claim(self.worker.words, lane, slot):
@@ -224,16 +108,21 @@ class Hands:
 
     def give(self, lane: Lane) -> None:
         """The lane is empty, and free for other stories."""
-        lane.owner = None
+        lane.owner = 0
         self.worker.lanes.append(lane)
 
     def settle(self) -> None:
-        """After an interruption: every lane that is still ours."""
+        """After an interruption: every lane that is still ours, also one whose lease nobody has heard of."""
         self.stop_reclaiming()
         for lane in self.taken:
-            if lane.owner is self:
+            if self.holds(lane):
                 self.worker.settle(lane)
-                lane.owner = None
+                lane.owner = 0
+        self.done()
+
+    def done(self) -> None:
+        """The story is over. (Until then, and while anything refers to it, its process does not leave the pool.)"""
+        self.worker.stories.discard(self)
 
 
 class Worker:
@@ -241,6 +130,9 @@ class Worker:
 
     def __init__(self, name: str, target: str, driver: Driver, options: Options, path: str) -> None:
         """Attach to the pool, made if it is not there, and take a row. Raises ConfigMismatch, Error; leaves nothing behind if it does."""
+        directory = os.path.dirname(path)
+        if os.path.lexists(directory) and (why := distrust(path)):
+            raise BrokerUnavailable(f"broker={path!r}: {why}")
         check_descriptors(2 * options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
         self.guard = ForkGuard().page
         self.driver = driver
@@ -261,7 +153,8 @@ class Worker:
         self.mem = table.mem
         self.permits = Permits(table, self.lock)
         self.slots: list[Slot | None] = [None] * table.slots
-        self.lanes: deque[Lane] = deque(Lane(self.row, index) for index in range(table.lanes))
+        self.all_lanes = tuple(Lane(self.row, index) for index in range(table.lanes))
+        self.lanes: deque[Lane] = deque(self.all_lanes)
         self.entries: dict[int, Entry] = {}
         self.idle: deque[Ready] = deque()
         self.leases: dict[int, Ready] = {}
@@ -274,6 +167,8 @@ class Worker:
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
+        self.stories: weakref.WeakSet[Hands] = weakref.WeakSet()
+        self.strays: dict[Lane, tuple[int, int]] = {}  # see stray.py
         self.waiting: set[Hands] = set()
         self.credit = 0  # see may_overtake
         self.turns = 0
@@ -282,6 +177,7 @@ class Worker:
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
+        self.closing = False  # the pool was closed here, but something is still lent, or waits
         self.closed = False
 
     def slot(self, k: int) -> Slot:
@@ -301,7 +197,7 @@ class Worker:
         return entry
 
     def attach(self, k: int, conn: Any) -> Entry:
-        """Keep a session that we hold, as dialed or fetched."""
+        """Keep a session that we hold, as dialed or fetched. Error if there is no room for a descriptor; then it is not kept."""
         entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
         older = self.entries.get(k)
         if older is not None:
@@ -322,21 +218,19 @@ class Worker:
             self.driver.close(entry.conn)
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
-        """The session that ``lane`` holds goes to the user; from here on the lease owns the lane."""
+        """The session that ``lane`` holds goes to the user, if nothing comes in between: see Hands.settle."""
         mem, words, slot = self.mem, self.words, entry.slot
         mem[slot.state_at] = State.IN_USE
         words[slot.since_at] = time.monotonic_ns()
         entry.uses = words[slot.uses_at]
         entry.lent = entry.conn.dup() if self.options.debug and isinstance(entry.conn, socket.socket) else entry.conn
         self.bump(R_LENT)
-        # No call may follow: an exception after this must not lose the lease.
         self.leases[id(entry.lent)] = entry, lane
-        lane.owner = None
         return entry.lent
 
     def keep(self, entry: Entry, lane: Lane) -> None:
         """An idle session of ours, newest first, with an empty lane ready for it."""
-        lane.owner = None
+        lane.owner = 0
         self.idle.append((entry, lane))
 
     def unlist(self, entry: Entry) -> None:
@@ -376,6 +270,9 @@ class Worker:
             return
         entry = self.attached(k)
         unshared = self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1
+        if lane.sure and entry is None and not unshared and self.table.state(k) in (State.IDLE, State.IN_USE):
+            self.pass_over(lane)  # others have it, we never had: untouched
+            return
         if entry is not None and (lane.sure or unshared):
             self.sever(entry)
             self.leases.pop(id(entry.lent), None)
@@ -390,6 +287,15 @@ class Worker:
             claims.disown(self.words, lane, self.slot(k))
             self.limbo.append(lane)
             self.look()
+
+    def pass_over(self, lane: Lane) -> None:
+        """Leave the session that ``lane`` holds as it is, for others."""
+        slot = self.slot(named(self.words[lane.at]))
+        self.mem[slot.state_at] = State.IDLE
+        claims.release(self.words, lane, slot)
+        lane.owner = 0
+        self.lanes.append(lane)
+        self.look()
 
     def sever(self, entry: Entry) -> None:
         """End the connection for everybody who has it, now."""
@@ -470,15 +376,12 @@ class Worker:
 
     def refuse_grant(self, lane: Lane) -> None:
         """We wait no more, and nobody will write to this lane again. A session granted to it goes back as it is."""
-        word = self.words[lane.at]
-        k = named(word)
+        k = named(self.words[lane.at])
         if k >= 0:
-            slot = self.slot(k)
-            claims.accept(self.words, lane, slot)
-            self.mem[slot.state_at] = State.IDLE
-            claims.release(self.words, lane, slot)
-        self.lanes.append(lane)
-        self.look()
+            claims.accept(self.words, lane, self.slot(k))
+            self.pass_over(lane)
+        else:
+            self.lanes.append(lane)
 
     # Counting.
 
@@ -504,14 +407,21 @@ class Worker:
         for entry in list(self.entries.values()):
             entry.close()
             self.driver.abort(entry.conn)
-        self.lock.close()
+        if not any(hands.dialing for hands in self.stories):
+            self.lock.close()  # else it stays open, and with it the row alive: a thread that we do not have was making a connection, and we have that
         self.closed = True
+
+    def is_quiet(self) -> bool:
+        """Is nothing lent, no story in progress, and every lane where it belongs?"""
+        resting = len(self.lanes) + len(self.idle) + len(self.unfinished) + len(self.limbo) + len(self.abandoned)
+        return not self.leases and not self.stories and resting == self.table.lanes
 
     def leave(self) -> None:
         """Give up the row; the last one out, where no broker is, removes the pool's names. Leases were returned before."""
         if self.closed:
             return
         self.closed = True
+        quiet = self.is_quiet()
         self.tidy()
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
@@ -521,6 +431,10 @@ class Worker:
             self.driver.abort(entry.conn)
         self.entries.clear()
         self.idle.clear()
+        if quiet:  # else a thread of a process that exits may be using them
+            for slot in filter(None, self.slots):
+                slot.close()
+            self.permits.cap.close()
         self.lock.close()
         remove_if_unused(self.ident)
 
@@ -550,3 +464,7 @@ class Worker:
         else:
             self.table.move(k, State.CLOSING)
             hands.settle()
+
+
+def never(_session: Any) -> bool:
+    return False

@@ -34,7 +34,7 @@ class Driver(Protocol):
         """The baggage with which ``attach`` makes an equal session of a duplicate of the socket. ``session`` itself lives on."""
 
     def attach(self, fd: int, baggage: bytes) -> Any:
-        """Make a session of a descriptor and baggage. Owns ``fd`` from here on, also when it raises."""
+        """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it."""
 
     def is_clean(self, session: Any) -> bool:
         """May the next user have it? Only what this process can see without I/O; the pool itself looks at the socket."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from mppool.errors import DialFailed
@@ -69,10 +70,11 @@ class RawDriver:
         return b""
 
     def attach(self, fd: int, baggage: bytes) -> socket.socket:
-        family = socket.AF_UNIX if self.target.kind == "unix" else -1
-        sock = socket.socket(family, socket.SOCK_STREAM if family != -1 else -1, fileno=fd)
-        sock.settimeout(FOREVER)
-        return sock
+        made: list[socket.socket] = []
+        # Duplicated and wrapped in one step: whatever a signal handler throws, no descriptor is left open.
+        made.extend(map(socket.socket, (-1,), (-1,), (-1,), map(os.dup, (fd,))))
+        made[0].settimeout(FOREVER)
+        return made[0]
 
     @staticmethod
     def is_clean(session: socket.socket) -> bool:

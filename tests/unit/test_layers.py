@@ -18,14 +18,14 @@ LAYERS = [
     ["table", "claims", "permits", "reclaim", "snapshot"],
     ["wire", "exchange", "story"],
     ["drivers"],
-    ["worker", "conversation", "returning", "dialing", "alone", "checkout"],
+    ["attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout"],
     ["launch", "pool", "aio"],
     ["keeper", "desk", "fdstore", "succession", "broker"],
     ["inspect", "supervisor"],
     ["integrations", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
-WORKERS_SIDE = {"worker", "conversation", "returning", "dialing", "alone", "checkout", "launch", "pool", "aio"}
+WORKERS_SIDE = {"attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout", "launch", "pool", "aio"}
 BROKERS_SIDE = {"keeper", "desk", "fdstore", "succession", "broker"}
 EDGE = {"integrations", "cli"}
 

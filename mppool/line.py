@@ -1,0 +1,74 @@
+"""A worker's link to the broker, and descriptors that come over it."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from mppool.errors import BrokerUnavailable, ProtocolError
+from mppool.kernel import link
+from mppool.wire import Message, OtherVersion, decode, encode
+
+__all__ = ["Descriptor", "Line", "LineLost"]
+
+log = logging.getLogger("mppool")
+
+
+class Descriptor:
+    """A received descriptor, closed when nobody has this object any more: whatever is thrown wherever, none is left open."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class LineLost(Exception):
+    """The broker has gone, or has closed this link."""
+
+
+Received = tuple[Message, Descriptor | None]
+
+
+class Line:
+    """One link to the broker, used for one conversation at a time. Owns its socket."""
+
+    __slots__ = ("epoch", "sock")
+
+    def __init__(self, path: str) -> None:
+        self.sock = link.connect(path)
+        self.epoch = 0
+
+    def send(self, message: Message, fd: int = -1) -> None:
+        """Raises LineLost if the broker is gone or so far behind that its queue is full."""
+        try:
+            link.send(self.sock, encode(message, 1 if fd >= 0 else 0), fd)
+        except OSError as error:
+            self.close()
+            raise LineLost from error
+
+    def receive(self) -> Received | None:
+        """The next message and its descriptor, None if there is none yet. Raises LineLost."""
+        given = None
+        try:
+            data, fd = link.receive(self.sock)
+            if fd >= 0:
+                given = Descriptor(fd)
+            if not data:
+                raise LineLost
+            return decode(data, 1 if given else 0), given
+        except BlockingIOError:
+            return None
+        except (OSError, ProtocolError, LineLost) as error:
+            self.close()
+            if isinstance(error, OtherVersion):
+                raise BrokerUnavailable(f"the broker is of another version: {error}; use the same mppool for both") from error
+            if isinstance(error, ProtocolError):
+                log.error("link to the broker closed: %s", error)
+            raise LineLost from error
+
+    def close(self) -> None:
+        self.sock.close()
