@@ -36,7 +36,7 @@ def main() -> int:
                 break
             began = report.done.total()
             host.run(one)
-            report.say(f"round {one.number}: {one.mood}: {report.done.total() - began} things done, quiet after {host.quiet_after:.2f} s")
+            report.say(f"round {one.number}: {one.mood}: {report.done.total() - began} things done; {host.quiet}")
         if not report.findings:
             host.end()
         report.print_table()

@@ -95,7 +95,7 @@ class Host:
         self.upstream_port = free_port()
         self.relay: Actor | None = None
         self.relay_port = free_port()
-        self.quiet_after = 0.0
+        self.quiet = ""  # how long it took
         # What explains failures.
         self.trouble: list[tuple[float, float]] = []  # times in which waiting takes long
         self.refused: list[tuple[float, float]] = []
@@ -237,7 +237,6 @@ class Host:
         elif kind in ("close", "reset"):
             done[f"{kind}s"] += self.tell_relay(kind, count=action.number, share=action.share)
         elif kind == "cut":
-            done["cuts"] += action.number
             self.tell_relay("cut", count=action.number)
         elif kind == "refuse":
             done["refusals"] += 1
@@ -364,12 +363,15 @@ class Host:
         self.report.note(" ".join(f"{key}={value}" for key, value in event.items() if key != "at"), at)
         if what == "ended":
             self.ends.setdefault(event["port"], []).append((at, event["cause"]))
+            self.report.done["cuts"] += event["cause"] == "cut"
         elif what == "failed":
             self.failures.append(event)
         elif what in ("over", "under"):
             self.overs.append(event)
         elif what == "forked":
             self.report.done["forks"] += 1
+        elif what == "moody":
+            self.report.done["server closes"] += 1
         elif what == "crossed":
             self.report.figures["crossed"] += 1
             self.report.find(f"a crossed reply: {event['who']}: {event['text']}")
@@ -442,18 +444,19 @@ class Host:
                 (self.kill_worker if place % 2 else self.end_worker)(place)
         self.until(lambda: not any(BASE <= place < BYSTANDER for place in self.actors), 30, "those who came for a while are gone")
         self.until(lambda: self.with_broker or len(self.actors) == 1, 30, "the workers have ended")
-        report.note(f"all are there after {time.monotonic() - began:.3f} s")
+        there = time.monotonic() - began
         self.lease_whole_cap()
         board[PACE] = SILENT
         if not self.until(lambda: not board.is_busy() and not self.strangers(), 30, "no request and no fork child left"):
             for actor in self.actors.values():
                 self.signal(actor.pid, signal.SIGUSR1)
-        report.note(f"nobody asks after {time.monotonic() - began:.3f} s")
+        asked = time.monotonic() - began
         deadline = time.monotonic() + SETTLING
         while (wrong := self.what_is_wrong()) and time.monotonic() < deadline:
             self.live_until(time.monotonic() + 0.01)
-        self.quiet_after = time.monotonic() - began
-        report.took("quiet_ms", self.quiet_after)
+        settled = time.monotonic() - began
+        report.took("quiet_ms", settled)
+        self.quiet = f"all there {there:.2f} s, no request {asked:.2f} s, all agree {settled:.2f} s after it"
         for text in wrong:
             report.find(f"when all was quiet: {text}")
         self.listen()
@@ -465,18 +468,18 @@ class Host:
         self.listen()
         one = self.actors.get(BYSTANDER)
         if one is None:
-            return
+            return  # it ended by itself: found already
         one.order("whole")
         deadline = time.monotonic() + actors.WHOLE + actors.PATIENCE + 5
         answer: dict[str, Any] = {}
-        while time.monotonic() < deadline and "leased" not in answer:
-            self.reap()
+        while time.monotonic() < deadline and "leased" not in answer and BYSTANDER in self.actors:
             one.orders.settimeout(0.05)
-            with contextlib.suppress(TimeoutError, OSError):
+            with contextlib.suppress(OSError):
                 answer = ast.literal_eval(one.orders.recv(4096).decode() or "{}")
                 self.bystander_said(answer)
+            self.reap()
         missing = answer.get("cap", 1) - answer.get("leased", 0)
-        if missing or answer["error"]:
+        if missing or answer.get("error"):
             self.report.figures["lost"] += missing
             self.report.find(f"the whole cap could not be leased, exactly: {answer or 'no answer'}")
         else:

@@ -20,6 +20,7 @@ from mppool.table import FIRST_ROW, R_INCARNATION, R_PID, R_ROLE, W_ATTENTION, W
 
 __all__ = ["Report", "inspected"]
 
+SHOWN = 20  # findings; more say nothing new
 KINDS = ("FREE", "TRYING", "HELD", "GRANTED", "LIMBO")
 
 
@@ -42,7 +43,8 @@ class Report:
     def find(self, text: str) -> None:
         self.findings.append(text)
         self.note(f"FOUND {text}")
-        self.say(f"FOUND: {text}")
+        if len(self.findings) <= SHOWN:
+            self.say(f"FOUND: {text}")
 
     def took(self, what: str, seconds: float) -> None:
         self.longest[what] = max(self.longest[what], seconds * 1000)
@@ -61,6 +63,7 @@ class Report:
             "resets": done["resets"],
             "closes": done["closes"],
             "cuts": done["cuts"],
+            "server_closes": done["server closes"],
             "refusals": done["refusals"],
             "delays": done["delays"],
             "resizes": done["resizes"],
@@ -86,7 +89,7 @@ class Report:
         print()
         for name, value in self.summary().items():
             print(f"  {name.replace('_', ' '):24} {value:>12}")
-        for finding in self.findings:
+        for finding in self.findings[:SHOWN]:
             print(f"  FOUND: {finding}")
         print(flush=True)
 
