@@ -1,0 +1,30 @@
+"""The keeper under fire: others connect to it as if they were the broker."""
+
+from __future__ import annotations
+
+import random
+
+from tests.fuzz.frames import Zoo
+from tests.fuzz.keepers import Pest
+from tests.fuzz.rig import CAP, descriptors, keeper_pid, rig
+from tests.helpers.processes import eventually
+
+
+def test_a_pestered_keeper(socket_path: str) -> None:
+    """Garbage, junk for real sessions, and kills: bystanders notice nothing, and the next broker finds true sessions with a keeper that leaks nothing."""
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    with rig(socket_path) as it:
+        zoo = Zoo()
+        pest = Pest(it, zoo, seed)
+        fresh = descriptors(keeper_pid(socket_path))
+        for n in range(60):
+            pest.call()
+            if n % 25 == 24:
+                pest.kill_keeper()
+            it.check()
+        pest.finish()
+        keeper = keeper_pid(socket_path)
+        eventually(lambda: descriptors(keeper) <= fresh + CAP + 2 + 2, what="the keeper holds the sessions of two pools, and nothing else")
+        print(f"{pest.frames} frames; {it.requests} requests of bystanders, the slowest {it.slowest:.3f} s")
+        zoo.close()
