@@ -55,6 +55,35 @@ def forked(scene: Scene) -> None:
         child.result()
 
 
+@row("C fork", workers=4, cap=3, alone=True)
+def c_forked(scene: Scene) -> None:
+    """No hook tells the children; the parent has an idle session, and is in the middle of a reply."""
+
+    def parent(child: Child) -> None:
+        pool = scene.pool()
+        with pool.connection() as sock:
+            use(pool, scene.tally, "before", 3)
+            number = ask(sock, "first")
+            sock.sendall(b"middle 100\n")
+            pids = []
+            for n in range(3):
+                pid = c_fork()
+                if pid == 0:
+                    fine = use(pool, scene.tally, f"child{n}", 15)
+                    pool.close()
+                    os._exit(not fine)
+                pids.append(pid)
+            use(pool, scene.tally, "meanwhile", 30)
+            assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+            assert sock.recv(100) == b"%d middle\n" % number
+            assert ask(sock, "last") == number
+        use(pool, scene.tally, "after", 3)
+        pool.close()
+
+    with fork(parent) as (child,):
+        child.result()
+
+
 @row("fork of a fork", workers=4, cap=2)
 def generations(scene: Scene) -> None:
     """Each generation uses the pool, forks the next, uses it again when that one has ended, and dies without a word."""
