@@ -46,7 +46,7 @@ def open_semaphore(name: str, initial: int) -> posix_ipc.Semaphore:
                 raise Error(f"{_file(name)} belongs to another user") from error
         except OSError as error:
             room = f"; enlarge {SHM} (docker: --shm-size) or run `mppool gc`" if error.errno == errno.ENOSPC else ""
-            raise Error(f"cannot make the semaphore {_file(name)}: {error.strerror}{room}") from error
+            raise Error(f"cannot open the semaphore {_file(name)}: {error.strerror or error}{room}") from error
     raise Error(f"{_file(name)} comes and goes; who does that?")
 
 
