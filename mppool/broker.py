@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from mppool import fdstore
 from mppool.desk import Desk, Duplicate, WorkerLink, shut, take_socket
@@ -28,7 +29,7 @@ from mppool.kernel.process import check_descriptors
 from mppool.kernel.runtime import check_directory, scope_of
 from mppool.kernel.systemd import Service, without_service
 from mppool.succession import AlreadyRunning, ask_for_place, give_place, is_asking, say_left, say_serving, take_place, was_followed
-from mppool.table import BROKER, H_WAITERS, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
+from mppool.table import BROKER, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
 from mppool.wire import RESIDENT, Kind, Message, decode, encode, is_pool, pack_held, unpack_held
 
 __all__ = ["AlreadyRunning", "Broker", "serve"]
@@ -38,12 +39,16 @@ log = logging.getLogger("mppool.broker")
 TICK = 0.1  # seconds
 FLUSH = 1.0  # seconds the keeper may take for what it lacks, when we leave
 SILENT = 3.0  # seconds without an answer after which the keeper is given up
+SHUN = 5.0  # seconds before a pool that was given up is tried again
 STATUS = 1.0  # seconds between two looks at what systemd shows
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+T = TypeVar("T")
+
+
 class Busy(Exception):
-    """Somebody is reclaiming in this pool just now."""
+    """Somebody is reclaiming in this pool just now, or it was given up a moment ago."""
 
 
 class Broker:
@@ -84,6 +89,7 @@ class Broker:
         self.newcomers: set[WorkerLink] = set()
         self.desks: dict[str, Desk] = {}
         self.busy: set[str] = set()
+        self.shunned: dict[str, float] = {}  # pools that were given up, and until when
         self.keeper: socket.socket | None = None
         self.keeper_is_silent = False
         self.unkept: list[tuple[Desk, int, Duplicate]] = []
@@ -119,7 +125,9 @@ class Broker:
         """Serve until ``stop``."""
         while not self.stopping:
             now = time.monotonic()
-            until = min([self.next_tick, *(desk.due() for desk in self.desks.values())])
+            until = self.next_tick
+            for desk in list(self.desks.values()):
+                until = min(until, self.guarded(desk, desk.due) or until)
             if self.service is not None:
                 until = min(until, self.report(self.service))
             for fd, _ in self.poller.poll(max(0.0, until - now)):
@@ -132,13 +140,18 @@ class Broker:
                 self.tick()
         self.end()
 
-    def guarded(self, desk: Desk, action: Callable[[], None]) -> None:
-        """A damaged table costs its own pool its broker, and nobody else."""
+    def guarded(self, desk: Desk, action: Callable[[], T]) -> T | None:
+        """A damaged table costs its own pool its broker, for a while, and nobody else. What damage leads to may be any exception."""
         try:
-            action()
-        except Error as error:
-            log.error("pool %r is given up: %s", desk.name, error)
-            self.give_up(desk)
+            return action()
+        except Exception as error:
+            self.shun(desk, error)
+        return None
+
+    def shun(self, desk: Desk, error: Exception) -> None:
+        log.error("pool %r is given up for %g s: %s", desk.name, SHUN, error, exc_info=not isinstance(error, Error))
+        self.shunned[desk.ident] = time.monotonic() + SHUN
+        self.give_up(desk)
 
     def report(self, service: Service) -> float:
         """Tell systemd that we are alive, and what there is to show; when it wants to hear again."""
@@ -153,10 +166,12 @@ class Broker:
         return self.next_beat if service.beat_every else self.next_status
 
     def summary(self) -> str:
-        desks = self.desks.values()
-        workers = sum(len(desk.table.taken_rows()) - 1 - len(desk.dead) for desk in desks)
-        sessions, waiting = sum(desk.permits.held() for desk in desks), sum(desk.table.halves[H_WAITERS] for desk in desks)
-        return f"{len(desks)} pools, {workers} workers, {sessions} sessions, {waiting} waiting"
+        workers = sessions = waiting = 0
+        for desk in list(self.desks.values()):
+            workers += self.guarded(desk, lambda desk=desk: len(desk.table.taken_rows()) - 1 - len(desk.dead)) or 0  # type: ignore[misc]
+            sessions += self.guarded(desk, desk.permits.held) or 0
+            waiting += len(desk.queue)
+        return f"{len(self.desks)} pools, {workers} workers, {sessions} sessions, {waiting} waiting"
 
     def tick(self) -> None:
         self.next_tick = time.monotonic() + TICK
@@ -165,7 +180,7 @@ class Broker:
         for desk in list(self.desks.values()):
             self.guarded(desk, desk.tick)
             if desk.ident in self.desks:
-                self.retire_if_unused(desk)
+                self.guarded(desk, partial(self.retire_if_unused, desk))
         if self.unanswered and time.monotonic() - self.answered_at > SILENT:
             self.keeper_is_silent = True
             self.lose_keeper()
@@ -235,6 +250,12 @@ class Broker:
             self.cut(link)
         except (OSError, Busy):
             self.cut(link)
+        except Exception as error:
+            if link.desk is not None:
+                self.shun(link.desk, error)
+            else:
+                log.exception("a pool cannot be adopted")
+                self.cut(link)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -244,14 +265,16 @@ class Broker:
         if message.kind is Kind.REPLACE:
             self.make_room(link)
             return
+        if message.kind is not Kind.HELLO:
+            raise ProtocolError(f"a link begins with HELLO, not {message.kind.name}")  # whose body may be baggage
         ident = message.body.decode(errors="replace")
-        if message.kind is not Kind.HELLO or not is_pool(ident) or not ident.startswith(f"mppool-{self.scope}-"):
-            raise ProtocolError(f"a link begins with HELLO and one of our pools, not {message.kind.name} {ident[:40]!r}")
+        if not is_pool(ident) or not ident.startswith(f"mppool-{self.scope}-"):
+            raise ProtocolError(f"a link begins with HELLO and one of our pools, not {ident[:40]!r}")
         desk = self.desks.get(ident) or self.adopt(ident)
-        if desk is None or not desk.hello(link, message.number, message.serial):
+        if desk is None or not self.guarded(desk, partial(desk.hello, link, message.number, message.serial)):
             raise ProtocolError(f"row {message.number} of pool {ident} is not yours")
         self.newcomers.discard(link)
-        desk.look_for_dead()
+        self.guarded(desk, desk.look_for_dead)
 
     def make_room(self, link: WorkerLink) -> None:
         """Another broker is to take our place. Raises ProtocolError if that is not for us to give."""
@@ -280,7 +303,8 @@ class Broker:
             desk.link_ended(link)
 
     def drain(self, link: WorkerLink, desk: Desk) -> None:
-        """Take the duplicates that are on their way to us."""
+        """Take the duplicates that are on their way to us; no more can follow."""
+        shut(link.sock, socket.SHUT_RD)
         while True:
             fd = -1
             try:
@@ -313,13 +337,15 @@ class Broker:
             self.adopt(ident)
         except Busy:
             self.busy.add(ident)
-        except Error as error:
-            log.error("pool %s: %s", ident, error)
+        except Exception as error:
+            log.error("pool %s: %s", ident, error, exc_info=not isinstance(error, Error))
 
     def adopt(self, ident: str) -> Desk | None:
         """Become the broker of a pool. None if there is no such pool, or nobody in it any more (then its names are removed). Raises Error, Busy."""
         if ident in self.desks:
             return self.desks[ident]
+        if self.shunned.get(ident, 0.0) > time.monotonic():
+            raise Busy
         try:
             with creation_lock(ident, create=False) as lock:
                 if not is_in_use(lock):
@@ -361,7 +387,8 @@ class Broker:
                 lock.close()
         except (FileNotFoundError, Error) as error:
             log.error("pool %r is given up: %s", desk.name, error)
-            self.give_up(desk)
+            if desk.ident in self.desks:
+                self.give_up(desk)
 
     def give_up(self, desk: Desk) -> None:
         self.desks.pop(desk.ident, None)
@@ -371,7 +398,10 @@ class Broker:
         for k in list(desk.duplicates):
             desk.drop(k)
         self.unkept = [item for item in self.unkept if item[0] is not desk]
-        desk.leave()
+        try:
+            desk.leave()
+        finally:
+            desk.lock.close()
 
     # The keeper.
 
@@ -443,7 +473,7 @@ class Broker:
             return False
         ident, baggage = unpack_held(message.body)
         desk, k = self.desks.get(ident), message.number
-        if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial:
+        if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial and desk.table.is_session(k, fd):
             if desk.current(k) is None and k not in desk.closing:
                 duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
                 duplicate.kept = kept
@@ -553,7 +583,8 @@ class Broker:
         """
         if self.service is not None:
             self.service.notify("STOPPING=1", "STATUS=leaving")
-        self.hang_up()
+        for desk in list(self.desks.values()):
+            self.guarded(desk, partial(self.hang_up, desk))
         staying = []
         for desk in list(self.desks.values()):
             if self.successor is not None or desk.workers_alive():
@@ -561,27 +592,25 @@ class Broker:
             else:
                 for k in list(desk.duplicates):
                     shut(desk.duplicates[k].sock, socket.SHUT_RDWR)
-                self.remove(desk)
+                self.guarded(desk, partial(self.remove, desk))
         self.flush()
         if self.service is not None:
             held = [(put_message(desk, k, duplicate), duplicate.sock.fileno()) for desk in staying for k, duplicate in desk.duplicates.items()]
             fdstore.upload(self.service, held)
         for desk in staying:
-            self.leave_to_keeper(desk)
+            if desk.ident in self.desks:
+                self.guarded(desk, partial(self.leave_to_keeper, desk))
         self.close()
         give_place(self.place)
         if self.successor is not None:
             say_left(self.successor)
 
-    def hang_up(self) -> None:
+    def hang_up(self, desk: Desk) -> None:
         """Nobody waits for us any more, and nobody can send; duplicates that were sent already are taken."""
-        for desk in self.desks.values():
-            for link in desk.links:
-                desk.strike(link)  # all of them before any link ends: who finds his link ended believes that nobody writes to his lane
-        for desk in self.desks.values():
-            for link in list(desk.links):
-                shut(link.sock, socket.SHUT_RD)
-                self.drain(link, desk)
+        for link in desk.links:
+            desk.strike(link)  # all of them before any link ends: who finds his link ended believes that nobody writes to his lane
+        for link in desk.links:
+            self.drain(link, desk)
 
     def leave_to_keeper(self, desk: Desk) -> None:
         """The keeper has the duplicates, and looks after the names; the links' ends tell the workers."""

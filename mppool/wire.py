@@ -81,6 +81,10 @@ class Message(NamedTuple):
     flags: int = 0
     body: bytes = b""
 
+    def __repr__(self) -> str:
+        """Without the body's content: baggage is a login's secret, and messages end up in tracebacks."""
+        return f"Message({self.kind.name}, number={self.number}, serial={self.serial}, flags={self.flags}, body=<{len(self.body)} bytes>)"
+
 
 def encode(message: Message, descriptors: int = 0) -> bytes:
     kind, number, serial, flags, body = message
