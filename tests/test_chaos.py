@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 import mppool
+from mppool.drivers.raw import RawDriver
+from mppool.options import parse_target
 from mppool.worker import Hands
-from tests.helpers.processes import Child, die_with_parent, fork
+from tests.helpers.processes import Child, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 
 
@@ -113,3 +120,78 @@ def test_a_row_that_was_taken_again_is_not_taken_for_dead(server: Judge, socket_
                 workers = {worker["pid"] for worker in last.get_stats()["workers"]}
                 assert workers >= {three.pid, four.pid, five.pid}
     last.close()  # the names go with the last to leave
+
+
+class SlowLogin(RawDriver):
+    """Connected, but not yet logged in, for as long as the test likes."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(parse_target(address))
+        self.connected = threading.Event()
+        self.welcome = threading.Event()
+
+    def dial(self) -> socket.socket:
+        sock = super().dial()
+        self.connected.set()
+        self.welcome.wait(20)
+        return sock
+
+
+@pytest.mark.parametrize("with_broker", [True, False], ids=["broker", "no-broker"])
+def test_a_fork_in_the_middle_of_a_dial_keeps_the_cap(server: Judge, socket_path: str, with_broker: bool) -> None:
+    """A process forks while another of its threads dials, and is killed; while the child lives there is never one connection more than the cap."""
+
+    def pool(driver: RawDriver) -> mppool.Pool:
+        return mppool.Pool(driver=driver, max_size=1, name="fork", broker=socket_path)
+
+    def dialer(child: Child) -> None:
+        driver = SlowLogin(server.address)
+        mine = pool(driver)
+        threading.Thread(target=mine.getconn, daemon=True).start()
+        assert driver.connected.wait(10)
+        sleeper = os.fork()
+        if sleeper == 0:
+            die_with_parent_of(parent)
+            time.sleep(60)
+            os._exit(0)
+        child.tell(sleeper)
+        child.hear()
+
+    def die_with_parent_of(pid: int) -> None:
+        """The sleeper outlives its parent, but not the test."""
+
+        def watch() -> None:
+            while os.path.exists(f"/proc/{pid}"):
+                time.sleep(0.1)
+            os._exit(0)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def bystander(child: Child) -> None:
+        mine = pool(RawDriver(parse_target(server.address)))
+        mine.open()
+        child.tell()
+        child.hear()
+        with contextlib.suppress(mppool.PoolTimeout), mine.connection(timeout=1):
+            pass
+        child.tell(server.counts()["live"])
+        child.hear()
+        with mine.connection(timeout=10):
+            child.tell("leased")
+        mine.close()
+
+    parent = os.getpid()
+    with broker_process(socket_path) if with_broker else contextlib.nullcontext(), fork(bystander) as [one]:
+        one.hear()
+        with fork(dialer) as [two]:
+            sleeper = two.hear()
+            two.end()
+        try:
+            one.tell()
+            assert one.hear() == 1, "the dead one's child has its connection, and another was dialed"
+        finally:
+            os.kill(sleeper, 9)
+        eventually(lambda: server.counts()["live"] <= 1)
+        one.tell()
+        assert one.hear() == "leased"
+        one.result()

@@ -18,7 +18,7 @@ LONGEST_STOP = 2.5  # seconds
 
 KILLS = {"kill worker": 30, "kill broker": 4, "kill keeper": 2, "kill both": 3}
 STOPS = {"stop worker": 12, "stop broker": 4, "stop keeper": 2}
-NETWORK = {"close": 10, "reset": 10, "cut": 8, "refuse": 2, "delay": 3}
+NETWORK = {"close": 10, "reset": 10, "cut": 8, "refuse": 4, "delay": 4}
 SERVER = {"kill server": 2, "stop server": 2}
 PEOPLE = {"fork": 12, "burst": 2, "reopen": 5, "resize": 6}
 
@@ -29,6 +29,7 @@ MOODS: dict[str, tuple[dict[str, int], float, int]] = {
     "broker and keeper die together": ({"kill worker": 20, "kill both": 4}, 0.06, 0),
     "the server closes, the rest dies": (KILLS, 0.05, 30),
     "the server closes, broker and keeper die together": ({"kill worker": 20, "kill both": 4}, 0.06, 60),
+    "forks in the middle of dials": ({"fork": 20, "kill worker": 15, "kill both": 1}, 0.04, 100),
     "all are stopped": ({**STOPS, "kill worker": 6, "kill broker": 1}, 0.08, 0),
     "the network": ({**NETWORK, "kill worker": 3}, 0.06, 0),
     "the server": ({**SERVER, "kill worker": 4, "close": 2}, 0.25, 0),

@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import mppool
+from mppool.drivers.raw import FOREVER, RawDriver
+from mppool.options import parse_target
 from tests.chaos.board import CAP, FULL, HIGHEST_CAP, OLDER_CAP, PACE, SHRUNK_AT, SILENT, SLOW, Board, Teller
 from tests.chaos.relay import SHRINKS
 
 __all__ = ["Setting", "bystander", "worker"]
 
 PATIENCE = 20.0  # seconds for a reply, and for a session where there is a broker; without one nobody has a right to any
+DISCARDS, DISCARDS_ALONE = 0.02, 0.25  # of all leases; without a broker a session would stay with its dialer otherwise, and the others starve
 WHOLE = 10.0  # seconds within which the whole cap can be had, once all is quiet
 
 
@@ -47,7 +50,34 @@ class Setting:
 
     def pool(self) -> mppool.Pool:
         timeout = PATIENCE if self.with_broker else 1.0
-        return mppool.Pool(self.target, name="chaos", max_size=self.cap, broker=self.broker, timeout=timeout)
+        return mppool.Pool(driver=Login(self.target), name="chaos", max_size=self.cap, broker=self.broker, timeout=timeout)
+
+
+class Login(RawDriver):
+    """A dial that takes some milliseconds, as a login does: time for deaths, forks and trouble in the middle of it."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        super().__init__(parse_target(target))
+
+    def dial(self) -> socket.socket:
+        sock = super().dial()
+        try:
+            sock.settimeout(PATIENCE / 2)
+            sock.sendall(b"login\n")
+            welcome = b""
+            while not welcome.endswith(b"\n"):
+                data = sock.recv(100)
+                if not data:
+                    raise ConnectionError("the connection has ended before the login")
+                welcome += data
+            sock.settimeout(FOREVER)
+        except OSError as error:
+            sock.close()
+            raise mppool.DialFailed(f"{self.target}: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
 
 class Telling(logging.Handler):
@@ -120,6 +150,10 @@ class Worker:
                 port = sock.getsockname()[1]
                 sock.settimeout(PATIENCE)
                 converse(sock, lease, dice.choice((1, 1, 1, 2, 3)), dice.choice((0, 0, 1, 3)))
+                if dice.random() < (DISCARDS if self.setting.with_broker else DISCARDS_ALONE):
+                    raise Unwanted
+        except Unwanted:
+            pass
         except mppool.PoolClosed:
             if pool is self.pool and not self.ending:
                 raise
@@ -176,6 +210,10 @@ class Worker:
 
 class Crossed(Exception):
     pass
+
+
+class Unwanted(Exception):
+    """Ends a lease so that its session is discarded."""
 
 
 def converse(sock: socket.socket, lease: str, turns: int, milliseconds: int) -> None:

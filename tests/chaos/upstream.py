@@ -1,8 +1,9 @@
 """The server behind. It counts its connections, and knows of each which lease is using it.
 
-A request is a line, ``lease turn turns milliseconds``; the reply, after so long, ``connection lease turn``. The turns of a lease
-come one after the other and on one connection; a client that gives up in between ends the connection. So a lease that
-begins where another has not come to its end means that two had the connection at the same time.
+A connection begins with the line ``login``, which is welcomed after some milliseconds. A request is a line,
+``lease turn turns milliseconds``; the reply, after so long, ``connection lease turn``. The turns of a lease come one after the
+other and on one connection; a client that gives up in between ends the connection. So a lease that begins where
+another has not come to its end means that two had the connection at the same time.
 Killed and started again it goes on with its counts, which are on the board.
 """
 
@@ -43,6 +44,7 @@ class Upstream:
         self.tell = tell
         self.selector = selectors.DefaultSelector()
         self.due: list[tuple[float, int, Connection, bytes]] = []
+        self.planned = 0
         self.connections: set[Connection] = set()
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ)
@@ -89,7 +91,10 @@ class Upstream:
                 return
             *lines, connection.buffer = (connection.buffer + data).split(b"\n")
             for line in lines:
-                self.request(connection, line.decode())
+                if line == b"login":
+                    self.plan(connection, random.choice((0.0, 1.0, 4.0)), b"welcome\n")
+                else:
+                    self.request(connection, line.decode())
 
     def request(self, connection: Connection, line: str) -> None:
         lease, turn, turns, milliseconds = line.split()
@@ -108,8 +113,11 @@ class Upstream:
             self.end(connection)
             return
         connection.asked = True
-        reply = f"{connection.number} {lease} {turn}\n".encode()
-        heapq.heappush(self.due, (time.monotonic() + float(milliseconds) / 1000, self.board[UPSTREAM_REQUESTS], connection, reply))
+        self.plan(connection, float(milliseconds), f"{connection.number} {lease} {turn}\n".encode())
+
+    def plan(self, connection: Connection, milliseconds: float, reply: bytes) -> None:
+        self.planned += 1
+        heapq.heappush(self.due, (time.monotonic() + milliseconds / 1000, self.planned, connection, reply))
 
     def reply(self) -> None:
         while self.due and self.due[0][0] <= time.monotonic():
