@@ -30,6 +30,7 @@ FRAMES_A_CONVERSATION = 2500  # of the bulk: so many conversations, calls at the
 FRAMES_A_CALL = 5000
 FRAMES_A_TABLE = 5000
 STEPS = 80
+SHARED = ("a shared socket", "a crossed reply", "somebody else may have it")
 
 
 @dataclass
@@ -103,10 +104,7 @@ class Run:
             nonlocal told
             if time.monotonic() - told > 5:
                 told = time.monotonic()
-                rate = bulk.frames / (told - began)
-                self.say(
-                    f"{bulk.frames} frames, {rate:.0f}/s, {bulk.opened} links; bystanders {it.requests} requests, {it.failures} failures, slowest {it.slowest:.3f} s"
-                )
+                self.say(f"{bulk.frames} frames, {bulk.frames / (told - began):.0f}/s, {bulk.opened} links; {others(it)}")
 
         try:
             while bulk.frames < self.goal and not self.over():
@@ -196,7 +194,7 @@ class Run:
 
 
 def others(it: Rig) -> str:
-    return f"bystanders {it.requests} requests, {it.failures} failures, slowest {it.slowest:.3f} s"
+    return f"bystanders: {it.requests} requests, {it.failures} failures, slowest {it.slowest:.3f} s"
 
 
 def in_directory(act: Callable[[str], None]) -> None:

@@ -32,9 +32,10 @@ from mppool.wire import Kind, Message, encode
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.server import Judge, ask, judge
 
-__all__ = ["Ground", "LoggedBroker", "Rig", "Seat", "Violation", "descriptors", "rig", "rss"]
+__all__ = ["Ground", "LoggedBroker", "Places", "Rig", "Seat", "Violation", "descriptors", "rig", "rss"]
 
 CAP = 3
+PLACES = 1 << 12  # more than there are connections at a time
 PATIENCE = 20.0  # seconds a bystander waits for a session: nothing below may take it as long
 
 
@@ -71,6 +72,26 @@ class LoggedBroker(BrokerProcess):
         return self.log.read()[-3000:].decode(errors="replace")
 
 
+class Places:
+    """Who has which connection just now, by the number that the server gave it: in shared memory, so that two holders meet."""
+
+    def __init__(self) -> None:
+        self.holders = memoryview(mmap.mmap(-1, 8 * PLACES)).cast("Q")
+
+    def talk(self, sock: Any, nonce: str) -> None:
+        """Two requests, and between them nobody else may have the connection. AssertionError if somebody has."""
+        me = os.getpid() << 8 | random.getrandbits(8)
+        at = ask(sock, nonce) % PLACES
+        if self.holders[at]:
+            raise AssertionError(f"a shared socket: {self.holders[at] >> 8} has connection {at}, too")
+        self.holders[at] = me
+        try:
+            if ask(sock, nonce, 1) % PLACES != at or self.holders[at] != me:
+                raise AssertionError(f"a shared socket: {self.holders[at] >> 8} got connection {at}, too")
+        finally:
+            self.holders[at] = 0
+
+
 class Bystanders:
     """Some processes that use one pool as it is meant, and what they found: requests made, failures, the longest request."""
 
@@ -78,6 +99,7 @@ class Bystanders:
 
     def __init__(self, pool: mppool.Pool, count: int) -> None:
         self.pool = pool
+        self.places = Places()
         self.words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
         self.stop_at = 3 * count
         self.count = count
@@ -106,7 +128,7 @@ class Bystanders:
         sock = self.pool.getconn(timeout=PATIENCE)
         discard = True
         try:
-            ask(sock, nonce, dice.choice((0, 0, 0, 1)))
+            self.places.talk(sock, nonce)
             discard = dice.random() < 1 / 30
         finally:
             self.pool.putconn(sock, discard=discard)
@@ -344,7 +366,7 @@ def wait_for(child: Child) -> None:
 
 @contextlib.contextmanager
 def rig(path: str, *, pause_sessions: float = 1.0) -> Iterator[Rig]:
-    """``near`` is used by two bystanders, ``far`` by one. Sessions end soon after their last use, so that pools do, too."""
+    """``near`` is used by more bystanders than it has sessions, ``far`` by one. Sessions end soon after their last use, so that pools do, too."""
     with judge() as one, judge() as two:
         broker = LoggedBroker(path)
         try:
@@ -352,7 +374,7 @@ def rig(path: str, *, pause_sessions: float = 1.0) -> Iterator[Rig]:
             fresh = descriptors(broker.pid)
             options: dict[str, Any] = {"max_size": CAP, "max_idle": pause_sessions, "broker": path, "close_timeout": 2.0}
             near, far = mppool.Pool(one.address, name="near", **options), mppool.Pool(two.address, name="far", **options)
-            bystanders = [Bystanders(near, 2), Bystanders(far, 1)]
+            bystanders = [Bystanders(near, 4), Bystanders(far, 1)]
             with fork(*[work for some in bystanders for work in some.works()]) as children:
                 for some in bystanders:
                     eventually(lambda some=some: all(some.words[3 * n] > 5 for n in range(some.count)), what="the bystanders begin")  # type: ignore[misc]

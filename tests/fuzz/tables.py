@@ -1,4 +1,4 @@
-"""Scribbled tables: two workers use a pool, with a broker or without, while somebody writes into its shared memory.
+"""Scribbled tables: three workers use a pool of two, with a broker or without, while somebody writes into its shared memory.
 
 What must hold: a call of the public API returns in time, with a session or with one of mppool's own errors; a session that was
 lent is one connection, for one holder at a time; no process crashes, the broker lives on, and its other pools notice nothing.
@@ -14,14 +14,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
-import mmap
 import os
-import random
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import mppool
 from mppool.errors import Error
@@ -30,16 +27,16 @@ from mppool.kernel.locks import LockFile
 from mppool.kernel.runtime import pool_id
 from mppool.table import W_BEAT, W_MAX_SIZE, Table, creation_lock, is_in_use, lock_path, open_table, remove_names
 from tests.fuzz.damage import Damage, inflict
-from tests.fuzz.rig import CAP, Bystanders, LoggedBroker, Violation, rss, wait_for
+from tests.fuzz.rig import Bystanders, LoggedBroker, Places, Violation, rss, wait_for
 from tests.helpers.processes import Child, eventually, fork
-from tests.helpers.server import Judge, ask, judge
+from tests.helpers.server import Judge, judge
 
 __all__ = ["MOMENTS", "Bench", "bench"]
 
 MOMENTS = ("before_attach", "idle", "in_use")
+CAP = 2
 TIMEOUT = 0.3  # seconds, of a checkout
 LATE = 8.0  # seconds after which a call that should have taken TIMEOUT is a finding
-PLACES = 1 << 14
 
 
 class Bench:
@@ -50,7 +47,7 @@ class Bench:
         self.broker = broker
         self.allowed = CAP
         self.innocent = innocent
-        self.holders = memoryview(mmap.mmap(-1, 8 * PLACES)).cast("Q")  # by the server's number of a connection: who has it just now
+        self.places = Places()
         self.beat = look_at(pool_id(path, "innocent"))
         self.rounds = 0
         self.over_cap = 0
@@ -63,10 +60,9 @@ class Bench:
         name = f"t{self.rounds}"
         path = self.path if with_broker else f"{self.path}.none"
         ident = pool_id(path, name)
-        for at in range(PLACES):
-            self.holders[at] = 0
+        self.places = Places()
         try:
-            with judge() as server, fork(*[self.worker(server, path, name)] * 2) as children:
+            with judge() as server, fork(*[self.worker(server, path, name)] * 3) as children:
                 self.play(children, damages, moment, ident, path, name)
                 if server.counts()["peak"] > self.allowed:
                     self.over_cap += 1
@@ -75,20 +71,21 @@ class Bench:
         self.check(with_broker)
 
     def play(self, children: list[Child], damages: list[Damage], moment: str, ident: str, path: str, name: str) -> None:
-        one, other = children
+        one, *others = children
         tell(one, "use", 3)
         hear(one)
         truth = look_at(ident)
         assert truth is not None, "the first worker failed in an undamaged pool"
         if moment == "before_attach":
             self.scribble(truth, damages)
-            tell(other, "use", 6)
-            hear(other)
-            tell(one, "use", 6)
-            hear(one)
+            for child in (*others, one):
+                tell(child, "use", 6)
+            for child in children:
+                hear(child)
         else:
-            tell(other, "use", 3)
-            hear(other)
+            for child in others:
+                tell(child, "use", 3)
+                hear(child)
             if moment == "in_use":
                 for child in children:
                     tell(child, "use", 12)
@@ -154,27 +151,14 @@ class Bench:
         """Lends a session and looks whether anybody else has the same connection."""
         sock = pool.getconn(timeout=TIMEOUT)
         try:
-            self.talk(sock, f"{os.getpid()}-{n}")
+            sock.settimeout(5)
+            self.places.talk(sock, f"{os.getpid()}-{n}")
         except OSError as error:
             if isinstance(error, TimeoutError):
                 raise AssertionError("no reply: somebody else may have it") from error
             raise Error(f"closed under its holder: {error}") from error
         finally:
             pool.putconn(sock, discard=n % 5 == 4)
-
-    def talk(self, sock: Any, nonce: str) -> None:
-        holders, me = self.holders, os.getpid() << 8 | random.getrandbits(8)
-        sock.settimeout(5)
-        at = ask(sock, nonce) % PLACES
-        if holders[at]:
-            raise AssertionError(f"a shared socket: {holders[at] >> 8} has connection {at}, too")
-        holders[at] = me
-        try:
-            time.sleep(0.001)
-            if ask(sock, nonce, 1) % PLACES != at or holders[at] != me:
-                raise AssertionError(f"a shared socket: {holders[at] >> 8} got connection {at}, too")
-        finally:
-            holders[at] = 0
 
     def clean(self, ident: str) -> None:
         """Names are the broker's to remove, unless it gave the pool up."""
