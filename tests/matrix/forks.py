@@ -214,6 +214,23 @@ def executor(scene: Scene) -> None:
 # Children that ignore the pool, and outlive a worker that is killed.
 
 
+def as_many_as_can_be(scene: Scene, timeout: float) -> int:
+    """Lease at most the whole cap at once, and see that the server has no more connections than that; how many they were."""
+    pool = scene.pool()
+    sessions = []
+    with contextlib.suppress(mppool.PoolTimeout):
+        for _ in range(scene.cap):
+            sessions.append(pool.getconn(timeout=timeout))  # noqa: PERF401 (those before a timeout count)
+    for session in sessions:
+        ask(session, "whole")
+    live = scene.server.counts()["live"]
+    assert live <= scene.cap, f"{live} connections at the server, the cap is {scene.cap}"
+    for session in sessions:
+        pool.putconn(session)
+    pool.close()
+    return len(sessions)
+
+
 def orphaned(scene: Scene, start: Callable[[int, int], int], *, settled_at_once: bool, debug: bool = False) -> None:
     """A worker with one idle and one lent session starts a child and is killed; the child lives on."""
 
@@ -227,20 +244,6 @@ def orphaned(scene: Scene, start: Callable[[int, int], int], *, settled_at_once:
         time.sleep(60)
         del reader
 
-    def whole(child: Child) -> int:
-        sessions = []
-        with contextlib.suppress(mppool.PoolTimeout):
-            for _ in range(scene.cap):
-                sessions.append(pool.getconn(timeout=10 if settled_at_once else 0.5))  # noqa: PERF401 (those before a timeout count)
-        for session in sessions:
-            ask(session, "whole")
-        live = scene.server.counts()["live"]
-        assert live <= scene.cap, f"{live} connections at the server, the cap is {scene.cap}"
-        for session in sessions:
-            pool.putconn(session)
-        pool.close()
-        return len(sessions)
-
     pool = scene.pool(debug=debug)
     stay, leave = os.pipe()
     os.set_inheritable(stay, True)
@@ -248,7 +251,7 @@ def orphaned(scene: Scene, start: Callable[[int, int], int], *, settled_at_once:
         orphan = child.hear()
         child.kill()
         child.wait()
-    with fork(whole) as (child,):
+    with fork(lambda child: as_many_as_can_be(scene, 10 if settled_at_once else 0.5)) as (child,):
         had = child.result()
     assert Path(f"/proc/{orphan}").exists(), "the orphan is there all the while"
     scene.notes.append(f"{had} of {scene.cap} to be had while the child lives")
@@ -566,39 +569,28 @@ def c_dialing(scene: Scene) -> None:
 
 @row("fork while a thread dials, child outlives its worker", workers=3, cap=2, alone=True, kills=True)
 def dialing_orphan(scene: Scene) -> None:
-    """What the worker had just dialed is in its child, too: the permit must not go back while that connection lives."""
+    """What the worker had just dialed is in its child, too: its permit does not go back while the child lives, and does then."""
 
     def worker(child: Child) -> None:
         pool, driver = dialing_pool(scene)
         in_a_thread(pool, scene, driver)
         process = multiprocessing.get_context("fork").Process(target=until_told, args=(stay, leave))
         process.start()
-        child.tell()
+        child.tell(process.pid)
         time.sleep(60)
 
-    def whole(child: Child) -> None:
-        pool, driver = dialing_pool(scene)
-        driver.go_on.set()
-        sessions = [pool.getconn(timeout=10) for _ in range(scene.cap)]
-        for session in sessions:
-            ask(session, "whole")
-        live = scene.server.counts()["live"]
-        for session in sessions:
-            pool.putconn(session)
-        pool.close()
-        assert live <= scene.cap, f"{live} connections at the server, the cap is {scene.cap}"
-
     stay, leave = os.pipe()
-    try:
-        with fork(worker) as (child,):
-            child.hear()
-            child.kill()
-            child.wait()
-        with fork(whole) as (child,):
-            child.result()
-    finally:
-        os.close(leave)
-        os.close(stay)
+    with fork(worker) as (child,):
+        orphan = child.hear()
+        child.kill()
+        child.wait()
+    with fork(lambda child: as_many_as_can_be(scene, 0.5)) as (child,):
+        had = child.result()
+    assert Path(f"/proc/{orphan}").exists(), "the orphan is there all the while"
+    scene.notes.append(f"{had} of {scene.cap} to be had while the child lives")
+    assert had == scene.cap - 1
+    os.close(leave)
+    os.close(stay)
 
 
 # Daemons, and ways to end.

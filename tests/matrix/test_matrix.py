@@ -6,12 +6,9 @@ import pytest
 
 from tests.matrix.scene import rows, run
 
-DIALING = "a child keeps what another thread was dialing at the fork: it lives on when the worker is killed, and its permit is given to another"
 DUPLICATES = "a child keeps the user's duplicates of a lent session open"
 NATIVE = "the lock around a pool's first use is a native one where monkey-patching came later: the thread waits for itself"
 KNOWN = {
-    "fork while a thread dials, child outlives its worker": DIALING,
-    "fork while a thread dials, child outlives its worker, alone": DIALING,
     "multiprocessing child outlives its worker, debug and makefile, alone": DUPLICATES,
     "gevent, patched late, first use held up": NATIVE,
 }
