@@ -274,7 +274,6 @@ class Broker:
         if desk is None or not self.guarded(desk, partial(desk.hello, link, message.number, message.serial)):
             raise ProtocolError(f"row {message.number} of pool {ident} is not yours")
         self.newcomers.discard(link)
-        self.guarded(desk, desk.look_for_dead)
 
     def make_room(self, link: WorkerLink) -> None:
         """Another broker is to take our place. Raises ProtocolError if that is not for us to give."""

@@ -66,7 +66,7 @@ class Broker:
     def __init__(self, path: str, *options: str, fate: tuple[str, int] | None = None) -> None:
         self.fate = fate
         program = ["-m", "mppool"] if fate is None else ["-c", TRACER, fate[0], str(fate[1])]
-        command = [sys.executable, *program, "broker", "-v", "--socket", path, *options]
+        command = [sys.executable, *program, "broker", "--socket", path, *options]
         self.output = os.memfd_create("output")  # no pipe: the keeper that it starts has it, too
         self.process = subprocess.Popen(command, stderr=self.output, preexec_fn=die_with_parent)
 
@@ -223,7 +223,6 @@ class Rig:
                 self.dice.choice((old, coming)).kill()
         eventually(lambda: not coming.running or not old.running, 20, "either has ended")
         self.settle()
-        print(number, what, also is not None, [(b.process.pid, b.process.returncode) for b in (old, coming, also) if b], flush=True)
         died = what in ("keeper", "broker and keeper") or any(broker.killed for broker in (old, coming))
         self.counts["replacements"] += 1
         self.counts["deaths_during_replacement"] += died
@@ -267,7 +266,8 @@ class Rig:
                         break
                     died, error = heard
                     self.counts["failed_requests_with_deaths" if died else "failed_requests"] += 1
-                    self.complaints.append(f"a request failed{', somebody having died' if died else ''}: {error}")
+                    if not died:
+                        self.complaints.append(f"a request failed: {error}")
             finally:
                 child.end()
         self.counts["requests"] = self.requests()
@@ -280,6 +280,10 @@ class Rig:
         self.quiet.close()
         for broker in self.brokers:
             print(broker.end(), end="", file=sys.stderr)
+        if any(broker.killed for broker in self.brokers):  # one that met its fate just now left its files
+            last = Broker(self.path)
+            eventually(lambda: answers(self.path))
+            last.end()
 
 
 def main() -> int:
