@@ -22,11 +22,12 @@ from tests.helpers.server import Judge, ask
 
 
 @pytest.mark.storm
+@pytest.mark.timeout(200)  # it takes long only if it finds something
 @pytest.mark.parametrize("options", [["--seconds", "12"], ["--seconds", "8", "--no-broker"]], ids=["broker", "no-broker"])
 def test_a_host_full_of_trouble_loses_nothing(options: list[str]) -> None:
     """Whatever is killed, stopped, closed, reset, refused or resized: the servers never see too many connections, nothing crosses, nothing is lost."""
     command = [sys.executable, "-m", "tests.chaos", *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100, preexec_fn=die_with_parent)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, preexec_fn=die_with_parent)
     print(done.stdout)
     assert done.returncode == 0, "see what was found above; --seed repeats the actions"
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -120,6 +121,75 @@ def test_a_row_that_was_taken_again_is_not_taken_for_dead(server: Judge, socket_
                 workers = {worker["pid"] for worker in last.get_stats()["workers"]}
                 assert workers >= {three.pid, four.pid, five.pid}
     last.close()  # the names go with the last to leave
+
+
+def test_close_while_a_thread_waits(server: Judge, socket_path: str) -> None:
+    """A pool closed while another thread waits: that one gets PoolClosed, or what it is just granted, to use and give back; nothing is lost."""
+
+    def pool() -> mppool.Pool:
+        return mppool.Pool(server.address, max_size=1, name="close", broker=socket_path)
+
+    def holder(child: Child) -> None:
+        mine = pool()
+        with mine.connection():
+            child.tell()
+            child.hear()
+        child.tell("returned")
+        child.hear()
+        mine.close()
+
+    def closer(child: Child) -> None:
+        mine = pool()
+        mine.open()
+        said: list[str] = []
+
+        def wait() -> None:
+            try:
+                with mine.connection(timeout=20):
+                    said.append("lent")
+            except mppool.PoolClosed:
+                said.append("closed")
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        eventually(lambda: mine.get_stats()["waiting"])
+        mine.close()
+        child.tell("closed")
+        thread.join(20)
+        child.tell(said)
+
+    def bystander(child: Child) -> None:
+        mine = pool()
+        with mine.connection(timeout=10) as sock:
+            child.tell(ask(sock, "mine"))
+        mine.close()
+
+    with broker_process(socket_path), fork(holder) as [one]:
+        one.hear()
+        with fork(closer) as [two]:
+            assert two.hear() == "closed"
+            one.tell()
+            assert one.hear() == "returned"
+            assert two.hear() in (["closed"], ["lent"])
+            two.result()
+            with fork(bystander) as [three]:
+                assert three.hear() in (1, 2)
+                three.result()
+                assert server.counts()["peak"] == 1
+        one.tell()
+        one.result()
+
+
+@pytest.mark.xfail(strict=True, reason="create_connection asks getaddrinfo, whatever the address")
+def test_a_literal_address_is_not_looked_up(server: Judge, socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dial to an address in digits asks no resolver: in a fork child its locks may be held for ever by a thread that is not there."""
+
+    def looked_up(*_: object, **__: object) -> None:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    with mppool.Pool(server.address, name="digits", broker=socket_path) as pool, pool.connection(timeout=1) as sock:
+        assert ask(sock, "digits") == 1
 
 
 class SlowLogin(RawDriver):
