@@ -17,6 +17,7 @@ import mppool
 from mppool.drivers.raw import RawDriver
 from mppool.options import parse_target
 from mppool.worker import Hands
+from tests.conftest import processes_of
 from tests.helpers.processes import Child, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 
@@ -265,3 +266,92 @@ def test_a_fork_in_the_middle_of_a_dial_keeps_the_cap(server: Judge, socket_path
         one.tell()
         assert one.hear() == "leased"
         one.result()
+
+
+class SlowAttach(RawDriver):
+    """To make a usable object of a descriptor takes as long as the test likes."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(parse_target(address))
+        self.received = threading.Event()
+        self.go_on = threading.Event()
+
+    def attach(self, fd: int, baggage: bytes) -> socket.socket:
+        self.received.set()
+        self.go_on.wait(20)
+        return super().attach(fd, baggage)
+
+
+@pytest.mark.xfail(strict=True, reason="what is attached after SHOWN was said is never shown to the new broker")
+def test_a_session_attached_across_a_change_of_brokers_is_shown(server: Judge, socket_path: str) -> None:
+    """Received from the old broker, attached after another thread showed everything to the new one: it counts as long as it is open."""
+
+    def pool(driver: RawDriver) -> mppool.Pool:
+        return mppool.Pool(driver=driver, max_size=1, name="shown", broker=socket_path)
+
+    def dialer(child: Child) -> None:
+        with pool(RawDriver(parse_target(server.address))).connection() as sock:
+            ask(sock, "first")
+        child.tell()
+        child.hear()
+
+    def worker(child: Child) -> None:
+        driver = SlowAttach(server.address)
+        mine = pool(driver)
+
+        def use() -> None:
+            with mine.connection(timeout=20) as sock:
+                ask(sock, "second")
+
+        child.hear()
+        thread = threading.Thread(target=use)
+        thread.start()
+        assert driver.received.wait(10)
+        child.tell("received")
+        child.hear()
+        with pytest.raises(mppool.PoolTimeout):
+            mine.getconn(timeout=1)
+        child.tell("shown")
+        child.hear()
+        driver.go_on.set()
+        thread.join()
+        child.tell("returned")
+        child.hear()
+        mine.close()
+
+    def bystander(child: Child) -> None:
+        mine = pool(RawDriver(parse_target(server.address)))
+        mine.open()
+        child.tell()
+        child.hear()
+        with pytest.raises(mppool.PoolTimeout):
+            mine.getconn(timeout=1)
+        child.tell("shown")
+        child.hear()
+        with contextlib.suppress(mppool.PoolTimeout), mine.connection(timeout=2):
+            pass
+        child.tell(server.counts()["live"])
+        child.hear()
+        mine.close()
+
+    with broker_process(socket_path) as broker, fork(dialer, worker, bystander) as [one, two, three]:
+        one.hear()
+        three.hear()
+        two.tell()
+        assert two.hear() == "received"
+        one.end()
+        keepers = [process for process in processes_of(socket_path) if "mppool.keeper" in process.cmdline()]
+        broker.kill()
+        for keeper in keepers:
+            keeper.kill()
+        broker.restart()
+        for child in (two, three):
+            child.tell()
+            assert child.hear() == "shown"
+        two.tell()
+        assert two.hear() == "returned"
+        three.tell()
+        assert three.hear() == 1, "one more connection than the cap"
+        for child in (two, three):
+            child.tell()
+            child.result()
