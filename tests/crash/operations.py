@@ -52,9 +52,9 @@ class Operation:
         worker.give_back()
         worker.end_other()
 
-    def check(self, scene: Scene, victim: Peer | None) -> None:
-        """Nothing was lost. ``victim`` lives on, or is None."""
-        scene.check(victim)
+    def check(self, scene: Scene, *others: Peer) -> None:
+        """Nothing was lost, for the survivor and ``others``."""
+        scene.check(*others)
 
 
 class Fetch(Operation):
@@ -79,7 +79,7 @@ class WaitForGrant(Operation):
         worker.pool.open()
 
     def meanwhile(self, scene: Scene, victim: Peer) -> None:
-        eventually(lambda: scene.waiting() or victim.has_spoken())
+        scene.wait_for(victim)
         scene.survivor.do("give_back", not scene.has_broker)
 
 
@@ -106,8 +106,8 @@ class FindDead(Operation):
         worker.lease()
         sock = worker.lent[0]
         sock.sendall(b"!close\n")
-        worker.give_back()
         select.select([sock], [], [], DEADLINE)
+        worker.give_back()
 
 
 class Dial(Operation):
@@ -168,9 +168,9 @@ class ReturnToWaiter(Return):
         scene.survivor.do("begin_wait")
         eventually(scene.waiting)
 
-    def check(self, scene: Scene, victim: Peer | None) -> None:
+    def check(self, scene: Scene, *others: Peer) -> None:
         scene.survivor.do("end_wait")
-        super().check(scene, victim)
+        super().check(scene, *others)
 
 
 class DiscardToWaiter(ReturnToWaiter):
@@ -228,9 +228,9 @@ class Resize(Operation):
         worker.pool.putconn(worker.lent.pop())
         worker.pool.resize(CAP)
 
-    def check(self, scene: Scene, victim: Peer | None) -> None:
+    def check(self, scene: Scene, *others: Peer) -> None:
         scene.survivor.do("resize", CAP)
-        super().check(scene, victim)
+        super().check(scene, *others)
 
 
 class Create(Operation):
@@ -247,10 +247,10 @@ class Create(Operation):
         assert worker.other is not None
         worker.other.open()
 
-    def check(self, scene: Scene, victim: Peer | None) -> None:
+    def check(self, scene: Scene, *others: Peer) -> None:
         scene.survivor.do("visit", "new")
         scene.check_no_names("new")
-        super().check(scene, victim)
+        super().check(scene, *others)
 
 
 class Attach(Operation):

@@ -23,7 +23,7 @@ from tests.helpers.server import ask
 __all__ = ["CAP", "DEADLINE", "Peer", "Worker"]
 
 CAP = 2
-DEADLINE = 3.0  # seconds within which everything must be back
+DEADLINE = 5.0  # seconds within which everything must be back
 
 PoolMaker = Callable[..., mppool.Pool]
 
@@ -51,6 +51,16 @@ class Worker:
         while self.lent:
             self.pool.putconn(self.lent.pop(), discard=discard)
 
+    def wait_in_vain(self) -> None:
+        with contextlib.suppress(mppool.PoolTimeout):
+            self.lent.append(self.pool.getconn(0.02))
+
+    def spoil_one(self) -> None:
+        """The server ends a session that is idle here."""
+        self.lease()
+        self.lent[0].sendall(b"!close\n")
+        self.give_back()
+
     def give_back_one(self) -> None:
         self.pool.putconn(self.lent.pop())
 
@@ -63,6 +73,10 @@ class Worker:
             sock.settimeout(DEADLINE)
         numbers = [ask(sock, self.nonce()) for sock in self.lent]
         assert len(set(numbers)) == len(numbers), f"two sessions on one connection: {numbers}"
+
+    def use(self) -> None:
+        self.hold(1)
+        self.give_back()
 
     def hold(self, count: int) -> None:
         self.lease(count)

@@ -17,7 +17,7 @@ from mppool.kernel import memory
 from mppool.kernel.runtime import pool_id, scope_of
 from mppool.snapshot import waiting
 from mppool.states import State
-from mppool.table import H_WAITERS
+from mppool.table import H_WAITERS, R_PID
 from tests.crash.peers import CAP, DEADLINE, Peer
 from tests.crash.tracing import KINDS, Trigger
 from tests.helpers.processes import Child, answers, eventually
@@ -33,14 +33,16 @@ class Lost(Exception):
 class Scene:
     """Everything is in a directory of its own, and gone after ``end``."""
 
-    def __init__(self, has_broker: bool) -> None:
+    def __init__(self, has_broker: bool, traced: bool = False) -> None:
+        """``traced``: the broker can be struck."""
         self.has_broker = has_broker
+        self.traced = traced
         self._stack = contextlib.ExitStack()
         self.judge = self._stack.enter_context(judge())
         self.directory = tempfile.mkdtemp(prefix="mppool-crash-")
         self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.path = f"{self.directory}/b.sock"
-        self.broker = Broker(self.path) if has_broker else None
+        self.broker = Broker(self.path, Trigger() if traced else None) if has_broker else None
         self.survivor = self.peer()
         self.survivor.do("hold", CAP)
         self.survivor.do("give_back", not has_broker)
@@ -54,6 +56,11 @@ class Scene:
     def make_pool(self, **options: Any) -> mppool.Pool:
         return mppool.Pool(self.judge.address, broker=self.path, **{"name": "crash", "max_size": CAP, "close_timeout": 0.2, **options})
 
+    def again(self) -> Scene:
+        """Another one like this."""
+        self.abandon()
+        return Scene(self.has_broker, self.traced)
+
     def peer(self, operation: Any = None) -> Peer:
         return Peer(self.make_pool, operation)
 
@@ -66,30 +73,68 @@ class Scene:
 
     def renew(self) -> None:
         """Idle sessions, that the survivor dialed just now and all may fetch."""
+        self.renew_held()
+        self.survivor.do("give_back")
+
+    def renew_held(self) -> None:
+        """The same, not given back yet."""
         self.clear()
         self.survivor.do("hold", CAP)
-        self.survivor.do("give_back")
         eventually(self.all_shared)
 
     def all_shared(self) -> bool:
         table = self.table.table
-        return all(table.words[table.shared_flag + k] for k in table.find_all(State.IDLE))
+        return all(table.words[table.shared_flag + k] for state in (State.IDLE, State.IN_USE) for k in table.find_all(state))
 
     def waiting(self) -> int:
         table = self.table.table
         return table.halves[H_WAITERS] if self.has_broker else waiting(table)
 
+    def held(self) -> int:
+        """Permits."""
+        table = self.table.table
+        return sum(table.array(table.permit))
+
+    def has_row(self, peer: Peer) -> bool:
+        table = self.table.table
+        return peer.pid in [table.words[table.row_at(row) + R_PID] for row in table.taken_rows()]
+
+    def ended(self) -> bool:
+        """The broker."""
+        return self.broker is not None and self.broker.has_ended()
+
     # What is left.
 
-    def check(self, victim: Peer | None) -> None:
-        """The whole cap can be leased at once, by the victim if it lives on, then by the survivor; the server sees no connection more."""
-        self.survivor.do("give_back", not self.has_broker)
-        for peer in (victim, self.survivor):
-            if peer is not None:
-                peer.do("hold", CAP)
-                self.check_server()
-                peer.do("give_back", not self.has_broker)
+    def check(self, *others: Peer) -> None:
+        """The whole cap can be leased at once, by each of those that live on, at last by the survivor; the server sees no connection more."""
+        peers = [*others, self.survivor]
+        for peer in peers:
+            peer.do("give_back", not self.has_broker)
+        for peer in peers:
+            peer.do("hold", CAP)
+            self.check_server()
+            peer.do("give_back", not self.has_broker)
         self.judge.forget_peak()
+
+    def come_by(self, other: Peer) -> None:
+        """After a broker's death: each worker uses the pool once while the other waits, and so shows the next broker what only it has."""
+        other.do("give_back")
+        self.survivor.do("give_back")
+        self.use_while_waiting(other, self.survivor)
+        self.use_while_waiting(self.survivor, other)
+
+    def use_while_waiting(self, one: Peer, other: Peer) -> None:
+        one.send("hold", CAP)
+        self.wait_for(one)
+        other.send("use")
+        one.answer()
+        self.wait_for(other)
+        one.do("give_back")
+        other.answer()
+
+    def wait_for(self, peer: Peer) -> None:
+        """Until it waits for a session, or has what it wants."""
+        eventually(lambda: self.waiting() or peer.has_spoken())
 
     def check_server(self) -> None:
         """The whole cap is held."""
@@ -137,20 +182,29 @@ class Scene:
 
 
 class Broker:
-    """A broker in a forked process, which can be struck."""
+    """A broker in a forked process; with a trigger it can be struck."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, trigger: Trigger | None, wait: bool = True) -> None:
         self.path = path
-        self.trigger = Trigger()
-        self._child = Child(lambda _child: serve(path, self.trigger))
+        self.trigger = trigger
+        self._child = Child(lambda child: serve(child, path, trigger))
         self.pid = self._child.pid
-        eventually(lambda: self.has_ended() or answers(path))
+        if wait:
+            eventually(self.answers)
+
+    def answers(self) -> bool:
+        if self.has_ended():
+            raise Lost("the broker ended")
+        return answers(self.path)
 
     def has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+        return self._child.status is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    def tell_to_end(self) -> None:
+        self._child.kill(signal.SIGTERM)
 
     def stop(self) -> None:
-        self._child.kill(signal.SIGTERM)
+        self.tell_to_end()
         eventually(self.has_ended)
         self._child.wait()
 
@@ -158,10 +212,15 @@ class Broker:
         self._child.end()
 
 
-def serve(path: str, trigger: Trigger) -> None:
+def serve(child: Child, path: str, trigger: Trigger | None) -> None:
     from mppool.broker import serve
 
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in (child._in, child._out):
+            with contextlib.suppress(OSError):
+                os.close(fd)  # the director's
     logging.disable()
     warnings.simplefilter("ignore")
-    trigger.install(KINDS["kill"])
+    if trigger is not None:
+        trigger.install(KINDS["kill"])
     serve(path, None, lambda: None)

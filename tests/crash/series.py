@@ -1,17 +1,19 @@
-"""A series: one operation, struck at one line after the other until it runs through."""
+"""A series: one operation, struck at one line after the other until it runs through; after each strike everything is back."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
+from tests.crash.brokers import BrokerOperation
 from tests.crash.operations import Operation
 from tests.crash.peers import DEADLINE, Peer
-from tests.crash.scene import Lost, Scene
+from tests.crash.scene import Broker, Lost, Scene
 from tests.helpers.processes import eventually
 
-__all__ = ["Series"]
+__all__ = ["BrokerSeries", "Series", "WorkerSeries"]
 
 POINTS = 18  # of a series, about, unless it is told to take every k-th line
 FAILURES = (AssertionError, EOFError, TimeoutError, OSError, Lost)
@@ -21,13 +23,14 @@ FAILURES = (AssertionError, EOFError, TimeoutError, OSError, Lost)
 class Series:
     """Strikes at every ``every``-th line from a random one on. 0: so that there are about POINTS."""
 
-    operation: Operation
-    kind: str
-    scene: Scene
-    every: int = 0
-    opcodes: bool = False
+    operation: Any
+    scene: Scene  # another one after each loss
+    every: int = 1
     random: random.Random = field(default_factory=random.Random)
+    kind: str = "kill"
+    opcodes: bool = False
     points: int = 0
+    lines: int = 0
     losses: list[str] = field(default_factory=list)
 
     @property
@@ -35,9 +38,6 @@ class Series:
         return f"{self.operation.name}, {'broker' if self.scene.has_broker else 'alone'}, {self.kind}"
 
     def run(self) -> None:
-        """``scene`` is another one afterwards if something was lost."""
-        self.victim: Peer | None = None
-        self.stray = 0  # descriptors of the victim that nothing explains, since ``begin``
         try:
             self.begin()
         except FAILURES as error:
@@ -59,16 +59,57 @@ class Series:
         """False: it ran through before that."""
         self.where = ""
         try:
-            return self.point(at)
+            self.point(at)
         except FAILURES as error:
             where = self.where
             self.lose(f"at {where or 'its end'}", error)
             self.begin()
             return bool(where)
+        return bool(self.where)
 
-    def point(self, at: int) -> bool:
+    def point(self, at: int) -> None:
+        """Run the operation, strike at a line (0: at none), see that nothing is lost. Says in ``where`` which line it was, "" if none."""
+        raise NotImplementedError
+
+    def let_go(self, orderly: bool) -> None:
+        """End what is not the scene's."""
+        raise NotImplementedError
+
+    def lose(self, when: str, error: BaseException) -> None:
+        """Write it down, and go on in another scene."""
+        self.losses.append(f"{self.name}, {when}: {(str(error).splitlines() or [repr(error)])[-1]}")
+        print("   ", self.losses[-1], flush=True)
+        self.let_go(orderly=False)
+        self.scene = self.scene.again()
+
+    def finish(self) -> None:
+        """Nothing may have piled up."""
+
+        def leaked() -> dict[str, int]:
+            now = self.scene.descriptors()
+            return {process: now[process] - before for process, before in self.descriptors.items() if now[process] > before}
+
+        try:
+            self.let_go(orderly=True)
+            self.scene.check()
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: not leaked(), DEADLINE)
+            if leaked():
+                raise Lost(f"descriptors leaked: {leaked()}")
+        except FAILURES as error:
+            self.lose("at the end of the series", error)
+
+
+@dataclass
+class WorkerSeries(Series):
+    """A worker is killed, a new one each time; or it is thrown at, and lives on."""
+
+    operation: Operation
+    victim: Peer | None = None
+    stray: int = 0  # descriptors of the victim that nothing explains, as they were at the last point
+
+    def point(self, at: int) -> None:
         operation, scene = self.operation, self.scene
-        lives_on = self.kind != "kill"
         operation.before(scene)
         victim = self.victim = self.victim or scene.peer(operation)
         victim.do("prepare")
@@ -80,56 +121,64 @@ class Series:
         try:
             came_out = victim.answer()
         except EOFError:
-            if lives_on:
+            if self.kind != "kill":
                 raise
         self.lines, self.where = victim.trigger.count, victim.trigger.where
-        if not lives_on:
-            self.end_victim()
-            operation.check(scene, None)
-            return bool(self.where)
-        if came_out != self.where:
-            self.where = f"{self.where}, raised at {came_out}"
+        if self.kind == "kill":
+            self.let_go(orderly=not self.where)
+            operation.check(scene)
+            return
         if self.where and not came_out:
             raise Lost("the exception was swallowed")
+        if came_out != self.where:
+            self.where += f", raised at {came_out}"
         victim.do("recover")
         operation.check(scene, victim)
-        stray = victim.do("stray_descriptors")
-        if at and stray > self.stray:
-            raise Lost(f"{stray - self.stray} descriptors leaked in the worker")
+        stray, before = victim.do("stray_descriptors"), self.stray
         self.stray = stray
-        return bool(self.where)
+        if at and stray > before:
+            raise Lost(f"{stray - before} descriptors leaked in the worker")
 
-    def end_victim(self) -> None:
+    def let_go(self, orderly: bool) -> None:
         victim, self.victim = self.victim, None
         if victim is not None:
-            if not victim.trigger.where:
+            if orderly:
                 victim.do("recover")
                 victim.do("close")
             victim.end()
 
-    def lose(self, when: str, error: BaseException) -> None:
-        """Write it down, and go on in another scene."""
-        self.losses.append(f"{self.name}, {when}: {(str(error).splitlines() or [repr(error)])[-1]}")
-        print("   ", self.losses[-1], flush=True)
-        victim, self.victim = self.victim, None
-        if victim is not None:
-            victim.end()
-        self.scene.abandon()
-        self.scene = Scene(self.scene.has_broker)
 
-    def finish(self) -> None:
-        """Nothing may have piled up."""
-        self.end_victim()
+@dataclass
+class BrokerSeries(Series):
+    """The broker is killed, and another one started. A second worker wants something of it, too."""
 
-        def leaked() -> dict[str, int]:
-            now = self.scene.descriptors()
-            return {process: now[process] - before for process, before in self.descriptors.items() if now[process] > before}
+    operation: BrokerOperation
+    other: Peer | None = None
 
-        try:
-            self.scene.check(None)
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: not leaked(), DEADLINE)
-            if leaked():
-                raise Lost(f"descriptors leaked: {leaked()}")
-        except FAILURES as error:
-            self.lose("at the end of the series", error)
+    def point(self, at: int) -> None:
+        operation, scene = self.operation, self.scene
+        assert scene.broker is not None
+        other = self.other = self.other or scene.peer()
+        operation.before(scene, other)
+        trigger = scene.broker.trigger
+        assert trigger is not None
+        trigger.arm(at)
+        operation.begin(scene, other)
+        eventually(lambda: scene.ended() or operation.done(scene, other), what="the operation has come about")
+        trigger.disarm()
+        self.lines, self.where = trigger.count, trigger.where
+        if self.where:
+            eventually(scene.ended)
+        if scene.ended():
+            scene.broker.kill()
+            scene.broker = Broker(scene.path, trigger)
+        operation.finish(scene, other)
+        scene.come_by(other)
+        scene.check(other)
+
+    def let_go(self, orderly: bool) -> None:
+        other, self.other = self.other, None
+        if other is not None:
+            if orderly:
+                other.do("close")
+            other.end()
