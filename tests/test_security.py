@@ -523,8 +523,7 @@ def test_a_broker_tells_a_strange_keeper_nothing(home: Home, server: Judge, trap
 def test_root_does_not_join_a_users_pool(home: Home, server: Judge) -> None:
     """Root's workers have their own pools: a user's broker is refused, and the user's pool is not even named."""
     with broker_of(ALICE, home.socket):
-        os.chmod(home.run, 0o700)
-        with mppool.Pool(server.address, name="web", broker=home.socket) as pool, pytest.raises(mppool.BrokerUnavailable) as caught:
+        with contextlib.closing(pool_of(home, server)) as pool, pytest.raises(mppool.BrokerUnavailable) as caught:
             pool.getconn(timeout=3)
         assert str(caught.value) in {
             f"broker={home.socket!r}: its broker runs as uid {ALICE}, we are 0",
@@ -839,6 +838,6 @@ def say_nonsense(path: str) -> None:
 
 @pytest.mark.xfail(strict=True, reason="S7: they do")
 def test_a_message_does_not_show_its_baggage() -> None:
-    """What a traceback with locals, or a debugger's log, would print of a message or a request is not the baggage."""
+    """What a traceback with locals, or a log of requests, would print of a message or a request is not the baggage."""
     assert SECRET not in repr(Message(Kind.SHARE, 1, 2, 0, SECRET.encode()))
     assert SECRET not in repr(Attach(3, SECRET.encode()))
