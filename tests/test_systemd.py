@@ -215,8 +215,8 @@ def test_a_restart_loses_no_session(server: Judge, manager: Manager, kill_mode: 
     quiet.open()
     leave_sessions(quiet, 3)
     with fork(work, work, work) as workers:
-        eventually(lambda: server.counts()["requests"] > 100)
-        dials = server.counts()["dials"]
+        eventually(lambda: server.counts()["requests"] > 100 and server.counts()["dials"] == 5, 20)
+        dials = 5
         for _ in range(2):
             before = server.counts()["requests"]
             assert manager.stop(kill_mode) == 0
