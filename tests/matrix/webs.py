@@ -108,6 +108,10 @@ class Load:
         self.scene.load()
         eventually(lambda: all(map(int.__ge__, self.done, goal)), 30, what=f"every client goes on; broken {self.broken[-3:]}")
 
+    def reaches_all(self) -> None:
+        """Until each worker has replied."""
+        eventually(lambda: len(self.site.workers()) == WORKERS and self.site.workers() <= self.pids, 30, what="replies of all workers")
+
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
@@ -133,7 +137,7 @@ def kill_under_a_lease(scene: Scene, site: Site) -> None:
     victim = eventually(lambda: long_leases(scene) & site.workers(), 20, what="a long lease").pop()
     os.kill(victim, signal.SIGKILL)
     thread.join(20)
-    eventually(lambda: len(site.workers()) == WORKERS and victim not in site.workers(), 20, what="the worker's successor")
+    eventually(lambda: victim not in site.workers(), 20, what="the worker's end")
 
 
 def long_leases(scene: Scene) -> set[int]:
@@ -141,10 +145,12 @@ def long_leases(scene: Scene) -> set[int]:
     return {worker["pid"] for worker in scene.numbers()["workers"] if worker["oldest_lease"] > 0.3}
 
 
-def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -> None:
-    """Load; all workers replaced; one killed under a lease, one anywhere; then an orderly end."""
+def through_everything(scene: Scene, site: Site, reload: Callable[[], object], *, settled: bool = False) -> None:
+    """Load; all workers replaced; one killed under a lease, one anywhere; then an orderly end. ``settled``: only when no worker is just beginning."""
     with Load(scene, site) as load:
         load.goes_on()
+        if settled:
+            load.reaches_all()
         before = site.workers()
         reload()
         site.all_new(before)
@@ -152,8 +158,8 @@ def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -
         kill_under_a_lease(scene, site)
         os.kill(min(site.workers()), signal.SIGKILL)
         load.goes_on()
-        # uWSGI loses a SIGTERM that reaches a worker in the middle of an import.
-        eventually(lambda: len(site.workers()) == WORKERS and site.workers() <= load.pids, 20, what="replies of all workers")
+        if settled:
+            load.reaches_all()
     scene.notes.append(f"{sum(load.done)} replies, {len(load.broken)} broken")
     code = site.end()
     assert code == 0, f"exit code {code}"
@@ -161,7 +167,8 @@ def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -
 
 def gunicorn(scene: Scene, *options: str, **environment: str) -> None:
     command = (sys.executable, "-m", "gunicorn", "-c", "python:tests.matrix.gunicorn_conf", *options, "tests.matrix.webapp:app")
-    site = Site(scene, *command, MAX_REQUESTS="60", **environment)
+    # Workers of gevent take a second to retire; many replies are made meanwhile.
+    site = Site(scene, *command, MAX_REQUESTS="200" if "gevent" in options else "60", **environment)
     through_everything(scene, site, lambda: site.process.send_signal(signal.SIGHUP))
 
 
@@ -204,7 +211,8 @@ def uwsgi(scene: Scene, *options: str, **environment: str) -> None:
     command = (sys.executable, "-c", "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])", "--http-socket", "BIND", "--master", "--processes", str(WORKERS))
     quiet = ("--disable-logging", "--die-on-term", "--need-app", "--no-orphans", "--module", "tests.matrix.webapp:app")
     site = Site(scene, *command, *threads, *quiet, *options, **environment)
-    through_everything(scene, site, lambda: site.process.send_signal(signal.SIGHUP))
+    # It loses a SIGTERM that reaches a worker in the middle of an import.
+    through_everything(scene, site, lambda: site.process.send_signal(signal.SIGHUP), settled=True)
 
 
 @row("uWSGI", workers=WORKERS * 2, cap=CAP, kills=True, why_not=missing("pyuwsgi"))
