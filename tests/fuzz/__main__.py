@@ -170,27 +170,28 @@ class Run:
     # Tables.
 
     def tables(self, path: str) -> None:
-        wanted = self.goal // FRAMES_A_TABLE
-        while self.figures.tables < wanted and not self.over():
-            with bench(path) as it:
-                while self.figures.tables < wanted and it.rounds < 50 and not self.over():
+        while self.figures.tables < self.goal // FRAMES_A_TABLE and not self.over():
+            self.guarded("scribbled tables", lambda: self.some_tables(path))
+
+    def some_tables(self, path: str) -> None:
+        """With one broker: until it is hurt, or has had enough of them."""
+        figures = self.figures
+        with bench(path) as it:
+            try:
+                while figures.tables < self.goal // FRAMES_A_TABLE and it.rounds < 50 and not self.over():
                     damages, moment, with_broker = any_damage(self.random), self.random.choice(MOMENTS), self.random.random() < 0.6
-                    self.figures.tables += 1
+                    figures.tables += 1
                     try:
                         it.round(damages, moment, with_broker)
                     except AssertionError as error:
-                        self.figures.faults += 1
-                        self.figures.tables_shared_twice += any(
-                            words in str(error) for words in ("a shared socket", "a crossed reply", "somebody else may have it")
-                        )
-                        self.say(f"FAULT after {damages}, {moment}, {'with' if with_broker else 'without'} a broker:\n{error}")
-                        if it.broker.process.poll() is not None:
-                            self.figures.broker_deaths += 1
-                            break
-                self.figures.bystander_requests += it.innocent.requests
-                self.figures.bystander_failures += it.innocent.failures
-                self.figures.tables_over_cap += it.over_cap
-                self.say(f"{self.figures.tables} tables, {self.figures.tables_over_cap} over the cap; {dict(it.outcomes)}")
+                        figures.tables_shared_twice += any(words in str(error) for words in SHARED)
+                        raise AssertionError(f"{damages}, {moment!r}, with_broker={with_broker}: {error}") from error
+            finally:
+                figures.broker_deaths += it.broker.process.poll() is not None
+                figures.bystander_requests += it.innocent.requests
+                figures.bystander_failures += it.innocent.failures
+                figures.tables_over_cap += it.over_cap
+                self.say(f"{figures.tables} tables, {figures.tables_over_cap} over the cap; {dict(it.outcomes)}")
 
 
 def others(it: Rig) -> str:

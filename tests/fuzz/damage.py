@@ -10,7 +10,6 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from mppool.claims import GRANTED, HELD, LIMBO, TRYING
-from mppool.kernel import memory
 from mppool.table import R_LANES, Table
 from tests.fuzz.rig import CAP
 
@@ -103,14 +102,3 @@ def plausible(table: Table, dice: random.Random, old: int) -> int:
             1 << dice.randrange(64),
         )
     )
-
-
-def scribble(ident: str, some: list[Damage], truth: Table) -> None:
-    for damage in some:
-        inflict(truth, damage)
-
-
-def resize_file(ident: str, size: int) -> None:
-    """Only before anybody maps it: touching what is gone is a SIGBUS, and no program can do anything about that."""
-    with open(f"{memory.SHM}/{ident}.table", "r+b") as file:
-        file.truncate(size)

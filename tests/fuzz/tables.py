@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import functools
 import os
+import subprocess
 import time
 import traceback
 from collections import Counter
@@ -99,7 +100,6 @@ class Bench:
         self.look_from_outside(path, name)
         for child in children:
             hear(child)
-        self.allowed = max(CAP, truth.words[W_MAX_SIZE] if truth.words[W_MAX_SIZE] <= truth.slots else 0)
         truth.close()
         for child in children:
             tell(child, "close", 0)
@@ -109,6 +109,8 @@ class Bench:
     def scribble(self, truth: Table, damages: list[Damage]) -> None:
         for damage in damages:
             inflict(truth, damage)
+        cap = truth.words[W_MAX_SIZE]
+        self.allowed = cap if CAP < cap <= truth.slots else CAP
 
     def look_from_outside(self, path: str, name: str) -> None:
         """What `mppool status` and `mppool resize` do; they may refuse, in mppool's own words."""
@@ -248,8 +250,12 @@ def bench(path: str) -> Iterator[Bench]:
                 for child in children:
                     wait_for(child)
         finally:
-            broker.stop()
-            remove_given_up(path)
+            try:
+                broker.stop()
+            except subprocess.TimeoutExpired:
+                raise Violation("the broker does not end when it is told to") from None
+            finally:
+                remove_given_up(path)
 
 
 def remove_given_up(path: str) -> None:

@@ -20,7 +20,7 @@ def test_workers_believe_no_liar(server: Judge, socket_path: str, lies: tuple[st
     try:
         with judge() as trap, fork(broker(socket_path, "p", trap.port, seed, lies)) as (liar,):
             assert liar.hear() == "listens"
-            with fork(*[worker(socket_path, "p", server.port, 2.0)] * 2) as children:
+            with fork(*[worker(socket_path, "p", server.port, 1.5)] * 2) as children:
                 for child in children:
                     found = child.result(45)
                     print(found["outcomes"])

@@ -18,9 +18,9 @@ def test_a_pestered_keeper(socket_path: str) -> None:
         zoo = Zoo()
         pest = Pest(it, zoo, seed)
         fresh = descriptors(keeper_pid(socket_path))
-        for n in range(60):
+        for n in range(40):
             pest.call()
-            if n % 25 == 24:
+            if n % 15 == 14:
                 pest.kill_keeper()
             it.check()
         pest.finish()
