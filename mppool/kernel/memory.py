@@ -15,7 +15,7 @@ import stat
 
 import posix_ipc
 
-from mppool.errors import Error
+from mppool.errors import Error, ProtocolError
 
 __all__ = ["SHM", "SharedWords", "check_ours", "create", "names", "open_existing", "open_to_us", "unlink"]
 
@@ -114,6 +114,8 @@ def open_existing(name: str, *, again: bool = True) -> SharedWords | None:
         check_ours(info, SHM + name)
         if info.st_size < mmap.PAGESIZE:
             return None
+        if info.st_size % 8:
+            raise ProtocolError(f"{SHM}{name} is damaged: {info.st_size} bytes; end its workers, then mppool gc")
         return SharedWords(mmap.mmap(shm.fd, info.st_size))
     except OSError as error:
         raise _explained(error, name, info.st_size) from error
