@@ -7,7 +7,7 @@ bind = os.environ["BIND"]
 workers = int(os.environ["WEB_CONCURRENCY"])
 max_requests = int(os.environ["MAX_REQUESTS"])
 max_requests_jitter = max_requests // 2
-graceful_timeout = 10
+graceful_timeout = 5
 control_socket_disable = True
 
 
