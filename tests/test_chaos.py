@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import mppool
 from mppool.drivers.raw import RawDriver
 from mppool.options import parse_target
-from mppool.worker import Hands
+from mppool.stray import settle_strays
+from mppool.worker import Hands, Ready
 from tests.conftest import processes_of
 from tests.helpers.processes import Child, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
@@ -355,3 +359,60 @@ def test_a_session_attached_across_a_change_of_brokers_is_shown(server: Judge, s
         for child in (two, three):
             child.tell()
             child.result()
+
+
+class Watched(deque[Ready]):
+    """The local idle list, with something that happens right after it was looked through."""
+
+    then: Callable[[], None] | None = None
+
+    def __iter__(self) -> Iterator[Ready]:
+        yield from list(super().__iter__())
+        if self.then is not None:
+            self.then()
+
+
+@pytest.mark.xfail(strict=True, reason="a lane that changes places while strays are looked for is taken for one")
+def test_a_lane_on_its_way_is_no_stray(server: Judge, socket_path: str) -> None:
+    """While one thread looks for stray lanes another returns a session, at the worst moment, twice: every lane is in one place only."""
+    pool = mppool.Pool(server.address, max_size=1, name="stray", broker=socket_path)
+    turns: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def use() -> None:
+        conn = pool.getconn()
+        done.put("lent")
+        while turns.get() != "end":
+            pool.putconn(conn)
+            done.put("returned")
+            turns.get()
+            conn = pool.getconn()
+            done.put("lent")
+        pool.putconn(conn)
+
+    def return_it() -> None:
+        idle.then = None
+        turns.put("return")
+        assert done.get(timeout=10) == "returned"
+
+    pool.open()
+    worker = pool._worker
+    assert worker is not None
+    idle = worker.idle = worker.ready = Watched()
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        assert done.get(timeout=10) == "lent"
+        for _ in range(3):
+            idle.then = return_it
+            settle_strays(worker)
+            idle.then = None
+            turns.put("lend")
+            assert done.get(timeout=10) == "lent"
+        places = [*worker.lanes, *(lane for _, lane in [*worker.idle, *worker.leases.values()])]
+        assert len(places) == len(set(places)), "a lane is in two places: two threads will use it"
+        assert len(places) == worker.table.lanes
+    finally:
+        turns.put("end")
+        thread.join()
+        pool.close()
