@@ -185,6 +185,7 @@ def worker(path: str, name: str, port: int, seconds: float) -> Callable[[Child],
     def work(child: Child) -> dict[str, object]:
         pool = mppool.Pool(("127.0.0.1", port), max_size=3, name=name, broker=path, max_lifetime=0.5, close_timeout=0.2)
         logging.disable()
+        gc.collect()  # what the parent left to be collected
         before = len(os.listdir("/proc/self/fd"))
         outcomes: dict[str, int] = {}
         wrong: list[str] = []
