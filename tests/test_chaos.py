@@ -27,12 +27,12 @@ from tests.helpers.server import Judge, ask
 
 
 @pytest.mark.storm
-@pytest.mark.timeout(200)  # it takes long only if it finds something
+@pytest.mark.timeout(300)  # it takes long only if it finds something
 @pytest.mark.parametrize("options", [["--seconds", "12"], ["--seconds", "8", "--no-broker"]], ids=["broker", "no-broker"])
 def test_a_host_full_of_trouble_loses_nothing(options: list[str]) -> None:
     """Whatever is killed, stopped, closed, reset, refused or resized: the servers never see too many connections, nothing crosses, nothing is lost."""
     command = [sys.executable, "-m", "tests.chaos", *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, preexec_fn=die_with_parent)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, preexec_fn=die_with_parent)
     print(done.stdout)
     assert done.returncode == 0, "see what was found above; --seed repeats the actions"
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 
@@ -24,6 +25,7 @@ def main() -> int:
     options = parser.parse_args()
     seed = options.seed or str(random.SystemRandom().randrange(10**9))
     print(f"seed {seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that all is cleared away
     report = Report()
     host = Host(seed, report, with_broker=not options.no_broker)
     until = time.monotonic() + (options.minutes * 60 + options.seconds or 60)

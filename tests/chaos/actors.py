@@ -28,9 +28,9 @@ from tests.chaos.relay import SHRINKS
 
 __all__ = ["Setting", "bystander", "worker"]
 
-PATIENCE = 20.0  # seconds for a reply, and for a session where there is a broker; without one nobody has a right to any
+PATIENCE = 30.0  # seconds for a reply, and for a session where there is a broker; without one nobody has a right to any
 DISCARDS, DISCARDS_ALONE = 0.02, 0.25  # of all leases; without a broker a session would stay with its dialer otherwise, and the others starve
-WHOLE = 10.0  # seconds within which the whole cap can be had, once all is quiet
+WHOLE = 20.0  # seconds within which the whole cap can be had, once all is quiet
 
 
 @dataclass

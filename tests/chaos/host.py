@@ -50,8 +50,9 @@ __all__ = ["Host"]
 
 BYSTANDER = PLACES - 1
 MANY_THREADS = (1, 1, 2, 1, THREADS, 1, 2, 1)  # by place
-SETTLING = 10.0  # seconds within which table, server and relay agree, once nobody asks any more
-UNEXPLAINED = 8.0  # seconds of a wait that timed out without any trouble around
+COMING = 40.0  # seconds that a process may take to come or to go on a machine that has much else to do
+SETTLING = 20.0  # seconds within which table, server and relay agree, once nobody asks any more
+UNEXPLAINED = 20.0  # seconds of a wait that timed out without any trouble around
 BACKOFF = 6.0  # seconds the breaker may pause after the server could not be reached
 TRAVEL = 1.0  # seconds that the end of a killed worker's connection may take on a busy machine
 
@@ -437,17 +438,17 @@ class Host:
         report, board = self.report, self.board
         began = time.monotonic()
         if self.with_broker:
-            self.until(lambda: answers(self.path), 15, "a broker that answers")
+            self.until(lambda: answers(self.path), COMING, "a broker that answers")
         else:
-            self.until(lambda: not board.is_busy() and not self.strangers(), 30, "no request and no fork child left")
+            self.until(lambda: not board.is_busy() and not self.strangers(), COMING, "no request and no fork child left")
             for place in [place for place in self.actors if place != BYSTANDER]:
                 (self.kill_worker if place % 2 else self.end_worker)(place)
-        self.until(lambda: not any(BASE <= place < BYSTANDER for place in self.actors), 30, "those who came for a while are gone")
-        self.until(lambda: self.with_broker or len(self.actors) == 1, 30, "the workers have ended")
+        self.until(lambda: not any(BASE <= place < BYSTANDER for place in self.actors), COMING, "those who came for a while are gone")
+        self.until(lambda: self.with_broker or len(self.actors) == 1, COMING, "the workers have ended")
         there = time.monotonic() - began
         self.lease_whole_cap()
         board[PACE] = SILENT
-        if not self.until(lambda: not board.is_busy() and not self.strangers(), 30, "no request and no fork child left"):
+        if not self.until(lambda: not board.is_busy() and not self.strangers(), COMING, "no request and no fork child left"):
             for actor in self.actors.values():
                 self.signal(actor.pid, signal.SIGUSR1)
         asked = time.monotonic() - began
@@ -605,13 +606,13 @@ class Host:
         report = self.report
         for place in [place for place in self.actors if place != BYSTANDER]:
             (self.kill_worker if place % 2 else self.end_worker)(place)
-        if self.until(lambda: not [place for place in self.actors if place != BYSTANDER], 30, "the workers have ended"):
+        if self.until(lambda: not [place for place in self.actors if place != BYSTANDER], COMING, "the workers have ended"):
             self.end_worker(BYSTANDER)
-            self.until(lambda: not self.actors, 30, "the bystander has ended")
+            self.until(lambda: not self.actors, COMING, "the bystander has ended")
         if self.broker is not None:
             self.expected.add(self.broker.pid)
             self.broker.terminate()
-            self.until(lambda: self.broker is None, 15, "the broker has ended")
+            self.until(lambda: self.broker is None, COMING, "the broker has ended")
         prefix = f"mppool-{scope_of(self.path)}"
 
         def left() -> list[str]:
@@ -619,7 +620,7 @@ class Host:
             others = [f"process {pid}" for pid in self.strangers()]
             return keeper + others + memory.names(prefix) + memory.names(f"sem.{prefix}") + os.listdir(self.home / "run")
 
-        if not self.until(lambda: not left(), 15, "nothing is left"):
+        if not self.until(lambda: not left(), COMING, "nothing is left"):
             report.figures["left_over"] += len(left())
             report.find(f"left over: {left()}")
 
