@@ -11,34 +11,30 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from mppool import fdstore
-from mppool.desk import Desk, Duplicate, WorkerLink, shut, take_socket
-from mppool.errors import BrokerUnavailable, Error, ProtocolError
-from mppool.keeper import keeper_path
+from mppool.bond import Bond, put_message
+from mppool.desk import Desk, Duplicate, WorkerLink, shut
+from mppool.errors import Error, ProtocolError
 from mppool.kernel import link as wires
 from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
 from mppool.kernel.process import check_descriptors
 from mppool.kernel.runtime import check_directory, scope_of
-from mppool.kernel.systemd import Service, without_service
+from mppool.kernel.systemd import Service
 from mppool.succession import AlreadyRunning, ask_for_place, give_place, is_asking, say_left, say_serving, take_place, was_followed
 from mppool.table import BROKER, IS_BROKER, KEEPER, W_MAX_SIZE, Row, creation_lock, is_in_use, open_table, remove_names
-from mppool.wire import RESIDENT, Kind, Message, decode, encode, is_pool, pack_held, unpack_held
+from mppool.wire import Kind, Message, decode, is_pool
 
 __all__ = ["AlreadyRunning", "Broker", "serve"]
 
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
-FLUSH = 1.0  # seconds the keeper may take for what it lacks, when we leave
-SILENT = 3.0  # seconds without an answer after which the keeper is given up
 SHUN = 5.0  # seconds before a pool that was given up is tried again
 STATUS = 1.0  # seconds between two looks at what systemd shows
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -90,19 +86,15 @@ class Broker:
         self.desks: dict[str, Desk] = {}
         self.busy: set[str] = set()
         self.shunned: dict[str, float] = {}  # pools that were given up, and until when
-        self.keeper: socket.socket | None = None
-        self.keeper_is_silent = False
-        self.unkept: list[tuple[Desk, int, Duplicate]] = []
-        self.undropped: list[bytes] = []
-        self.unanswered = 0
-        self.answered_at = 0.0
+        self.bond = Bond(self.path, self.desks, self.watch, self.unwatch)
         self.next_tick = 0.0
-        self.keeper_retry = 0.0
         self.next_beat = 0.0
         self.next_status = 0.0
         self.status = ""
         self.adopt_tables()
-        self.take_keeper()
+        self.bond.take()
+        if not self.desks:  # else somebody may be waiting for us
+            self.bond.wait_for_start()
         if self.service is not None:
             self.take_stored(self.service)
         self.listener = listener if listener is not None else wires.listen(self.path)
@@ -181,11 +173,7 @@ class Broker:
             self.guarded(desk, desk.tick)
             if desk.ident in self.desks:
                 self.guarded(desk, partial(self.retire_if_unused, desk))
-        if self.unanswered and time.monotonic() - self.answered_at > SILENT:
-            self.keeper_is_silent = True
-            self.lose_keeper()
-        if self.keeper is None and time.monotonic() >= self.keeper_retry:
-            self.take_keeper()
+        self.bond.tick()
         self.check_socket()
         if any(desk.links or desk.workers_alive() for desk in self.desks.values()):
             self.idle_since = time.monotonic()
@@ -396,182 +384,26 @@ class Broker:
             self.cut(link)
         for k in list(desk.duplicates):
             desk.drop(k)
-        self.unkept = [item for item in self.unkept if item[0] is not desk]
+        self.bond.forget(desk)
         try:
             desk.leave()
         finally:
             desk.lock.close()
 
-    # The keeper.
+    # What desks and we ask of the keeper.
 
-    def take_keeper(self) -> None:
-        """Connect to the keeper, or start one in the place of one that is gone or silent; take over what it has, give it what it lacks."""
-        path = keeper_path(self.path)
-        keeper = None
-        try:
-            if not self.keeper_is_silent:
-                keeper = self.reach_keeper(path)
-            if keeper is None:
-                start_keeper(path)
-                keeper = self.reach_keeper(path)
-        except (OSError, BrokerUnavailable) as error:
-            log.error("no keeper: %s", error)
-        self.keeper_is_silent = False
-        if keeper is None:
-            self.keeper_retry = time.monotonic() + 5.0  # it takes us long to find out: others want their turn
-            return
-        self.keeper = keeper
-        self.unanswered = 0
-        self.undropped.clear()
-        self.watch(keeper.fileno(), self.read_keeper)
-        self.unkept = [(desk, k, duplicate) for desk in self.desks.values() for k, duplicate in desk.duplicates.items() if not duplicate.kept]
-        self.put_unkept()
+    def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
+        self.bond.put(desk, k, duplicate)
 
-    def reach_keeper(self, path: str) -> socket.socket | None:
-        """A link to the keeper, after all that it holds has become ours, too; None if there is none that answers. Raises BrokerUnavailable."""
-        try:
-            keeper = wires.connect(path)
-        except OSError:
-            return None
-        try:
-            self.take_over(keeper)
-        except (OSError, ProtocolError) as error:
-            log.error("the keeper is given up: %s", error)
-            keeper.close()
-            return None
-        return keeper
-
-    def take_over(self, keeper: socket.socket) -> None:
-        """All that the keeper holds becomes ours, too. Raises OSError, ProtocolError."""
-        wires.send(keeper, encode(Message(Kind.GIVE_ALL)))
-        until = time.monotonic() + 5 * FLUSH
-        while time.monotonic() < until:
-            if not wires.wait_readable(keeper.fileno(), FLUSH):
-                break
-            fd = -1
-            try:
-                data, fd = wires.receive(keeper)
-                if not data:
-                    raise ConnectionError("it has ended")
-                message = decode(data, 1 if fd >= 0 else 0)
-                if message.kind is Kind.SHOWN:
-                    return
-                if message.kind is Kind.PUT:
-                    given, fd = fd, -1
-                    if not self.take_back(message, given, kept=True):
-                        wires.send(keeper, encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))
-            finally:
-                if fd >= 0:
-                    os.close(fd)
-        raise TimeoutError("it does not answer")
-
-    def take_back(self, message: Message, fd: int, *, kept: bool) -> bool:
-        """One session from the keeper or a store: ours if it is still what the table says; else it is ended, and this is False. Owns ``fd``."""
-        sock = take_socket(fd)
-        if sock is None:
-            return False
-        ident, baggage = unpack_held(message.body)
-        desk, k = self.desks.get(ident), message.number
-        if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial and desk.table.is_session(k, fd):
-            if desk.current(k) is None and k not in desk.closing:
-                duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
-                duplicate.kept = kept
-                desk.adopt(k, duplicate)
-            else:
-                sock.close()
-            return True
-        shut(sock, socket.SHUT_RDWR)
-        sock.close()
-        return False
+    def drop(self, desk: Desk, k: int, generation: int) -> None:
+        self.bond.drop(desk, k, generation)
 
     def take_stored(self, service: Service) -> None:
         """What systemd kept over a restart. Nothing stays there: it would keep alive what everybody else has closed."""
         for message, fd in fdstore.take(service):
-            self.take_back(message, fd, kept=False)
-        self.flush()
+            self.bond.take_back(message, fd, kept=False)
+        self.bond.flush()
         fdstore.empty(service)
-
-    def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
-        self.unkept.append((desk, k, duplicate))
-        self.put_unkept()
-
-    def put_unkept(self) -> None:
-        """Say to the keeper what it does not know yet; if it is behind, the rest at its next answer."""
-        try:
-            while self.undropped and self.keeper is not None:
-                wires.send(self.keeper, self.undropped[0])
-                self.undropped.pop(0)
-            while self.unkept and self.keeper is not None:
-                desk, k, duplicate = self.unkept[0]
-                if desk.duplicates.get(k) is duplicate:
-                    wires.send(self.keeper, encode(put_message(desk, k, duplicate), 1), duplicate.sock.fileno())
-                    if not self.unanswered:
-                        self.answered_at = time.monotonic()
-                    self.unanswered += 1
-                self.unkept.pop(0)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.lose_keeper()
-
-    def drop(self, desk: Desk, k: int, generation: int) -> None:
-        if self.keeper is not None:
-            self.undropped.append(encode(Message(Kind.DROP, k, generation, body=pack_held(desk.ident, b""))))
-            self.put_unkept()
-
-    def read_keeper(self) -> None:
-        keeper = self.keeper
-        if keeper is None:
-            return
-        fd = -1
-        try:
-            while True:
-                data, fd = wires.receive(keeper)
-                if not data:
-                    raise ConnectionError
-                message = decode(data, 1 if fd >= 0 else 0)
-                if fd >= 0:
-                    raise ProtocolError(f"a keeper does not say {message.kind.name} unasked")
-                if message.kind is Kind.KEPT:
-                    self.unanswered = max(0, self.unanswered - 1)
-                    self.answered_at = time.monotonic()
-                    desk = self.desks.get(unpack_held(message.body)[0])
-                    if desk is not None:
-                        desk.kept(message.number, message.serial)
-        except BlockingIOError:
-            self.put_unkept()
-        except (OSError, ProtocolError):
-            self.lose_keeper()
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    def flush(self) -> None:
-        """Wait until the keeper has all that we have; if it dies, give it all to another. For a second, or as long as that other takes."""
-        until = time.monotonic() + FLUSH
-        while any(not duplicate.kept for desk in self.desks.values() for duplicate in desk.duplicates.values()):
-            if self.keeper is None:
-                self.take_keeper()
-            if self.keeper is None or time.monotonic() >= until:
-                log.error("the keeper lacks sessions")
-                return
-            self.put_unkept()
-            if self.keeper is not None and wires.wait_readable(self.keeper.fileno(), 0.02):
-                self.read_keeper()
-
-    def lose_keeper(self) -> None:
-        """It died: start another and fill it."""
-        keeper, self.keeper = self.keeper, None
-        if keeper is not None:
-            log.warning("the keeper has ended; another is started")
-            self.unwatch(keeper.fileno())
-            keeper.close()
-            self.keeper_retry = 0.0
-            self.unanswered = 0
-            for desk in self.desks.values():
-                for duplicate in desk.duplicates.values():
-                    duplicate.kept = False
-            self.next_tick = 0.0
 
     # The end.
 
@@ -592,43 +424,35 @@ class Broker:
                 for k in list(desk.duplicates):
                     shut(desk.duplicates[k].sock, socket.SHUT_RDWR)
                 self.guarded(desk, partial(self.remove, desk))
-        self.flush()
+        self.bond.flush()
         if self.service is not None:
             held = [(put_message(desk, k, duplicate), duplicate.sock.fileno()) for desk in staying for k, duplicate in desk.duplicates.items()]
             fdstore.upload(self.service, held)
         for desk in staying:
             if desk.ident in self.desks:
-                self.guarded(desk, partial(self.leave_to_keeper, desk))
+                self.bond.leave(desk)
+                self.guarded(desk, desk.leave)
         self.close()
         give_place(self.place)
         if self.successor is not None:
             say_left(self.successor)
 
     def hang_up(self, desk: Desk) -> None:
-        """Nobody waits for us any more, and nobody can send; duplicates that were sent already are taken."""
+        """Nobody waits for us any more; all links end, which tells the workers. Duplicates that were sent already are taken."""
         for link in desk.links:
             desk.strike(link)  # all of them before any link ends: who finds his link ended believes that nobody writes to his lane
-        for link in desk.links:
-            self.drain(link, desk)
-
-    def leave_to_keeper(self, desk: Desk) -> None:
-        """The keeper has the duplicates, and looks after the names; the links' ends tell the workers."""
-        if self.keeper is not None:
-            try:
-                wires.send(self.keeper, encode(Message(Kind.LEAVE, body=pack_held(desk.ident, b""))))
-            except OSError:
-                pass  # it died in this moment
         for link in list(desk.links):
             self.unwatch(link.sock.fileno())
+            self.drain(link, desk)
             link.sock.close()
-        desk.leave()
+            link.desk = None
+        desk.links.clear()
 
     def close(self) -> None:
         """All that is ours alone. The socket's file goes too, unless it is systemd's."""
         for link in list(self.newcomers):
             self.cut(link)
-        if self.keeper is not None:
-            self.keeper.close()
+        self.bond.close()
         self.listener.close()
         try:
             if not (self.service is not None and self.service.listens) and os.stat(self.path).st_ino == self.inode:
@@ -638,10 +462,6 @@ class Broker:
         self.poller.close()
 
 
-def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:
-    return Message(Kind.PUT, k, duplicate.generation, RESIDENT if duplicate.resident else 0, pack_held(desk.ident, duplicate.baggage))
-
-
 def take_broker_byte(lock: LockFile) -> bool:
     """A worker in need may be reclaiming just now; that takes milliseconds."""
     for _ in range(200):
@@ -649,24 +469,6 @@ def take_broker_byte(lock: LockFile) -> bool:
             return True
         time.sleep(0.001)
     return False
-
-
-def start_keeper(path: str) -> None:
-    """Start a keeper and wait until it listens. OSError if it does not within 5 s."""
-    keeper = subprocess.Popen(
-        [sys.executable, "-m", "mppool.keeper", path],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        env=without_service(),
-    )
-    assert keeper.stdout is not None
-    with keeper.stdout:
-        if not wires.wait_readable(keeper.stdout.fileno(), 5.0) or not keeper.stdout.readline():
-            keeper.kill()
-            keeper.wait()
-            raise OSError(f"the keeper did not start (exit code {keeper.returncode})")
-    keeper.returncode = 0  # it is nobody's child to wait for: the loop ignores SIGCHLD
 
 
 def serve(

@@ -16,6 +16,7 @@ import mmap
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -31,6 +32,8 @@ import mppool
 from mppool.succession import is_taken
 from tests.helpers.processes import Child, answers, die_with_parent, eventually
 from tests.helpers.server import Judge, ask, judge
+
+STALL = 0.3  # seconds without an answer of the server's to somebody who uses no pool
 
 __all__ = ["TRACER", "Rig", "keeper_of"]
 
@@ -114,10 +117,12 @@ class Rig:
         self.brokers: list[Broker] = []
         self.start("--replace")
         eventually(lambda: answers(path))
-        self.memory = mmap.mmap(-1, 16 * (workers + 1))  # requests of each worker; in the first place: end, and whether somebody dies just now
+        self.memory = mmap.mmap(-1, 16 * (workers + 2))  # requests of each worker; first: end, does somebody die, which round, last death; last: stall
         self.pool = mppool.Pool(server.address, max_size=cap, name="busy", broker=path)
         self.left = mppool.Pool(server.address, max_size=2, name="left", broker=path)
         self.children = [Child(self.work(n + 1)) for n in range(workers)]
+        self.watcher = Child(self.watch)
+        self.watcher.hear()
         self.quiet = self.open_quiet()
         self.quiet_numbers = self.see(self.quiet)
         self.left_numbers = self.see(self.left)
@@ -141,11 +146,30 @@ class Rig:
                     with self.pool.connection(timeout=dice.choice((1.0, 2.0))) as sock:
                         ask(sock, f"{place}.{done}", dice.choice((0, 0, 1, 2)))
                 except Exception as error:
-                    child.tell([self.memory[1], f"{type(error).__name__}: {error}"])
+                    child.tell([bool(self.memory[1]) or self.was_lately(8), self.was_lately(-16), f"round {self.memory[2]}: {type(error).__name__}: {error}"])
                 done += 1
                 struct.pack_into("<Q", self.memory, 16 * place, done)
 
         return work
+
+    def watch(self, child: Child) -> None:
+        """Asks the server without any pool: when that takes long, the machine stands still, and not the pool."""
+        with socket.create_connection(self.server.address) as sock:
+            ask(sock, "w")
+            child.tell()
+            while not self.memory[0]:
+                began = time.monotonic()
+                ask(sock, "w", 1)
+                if time.monotonic() - began > STALL:
+                    self.note(-16)
+
+    def note(self, place: int) -> None:
+        """Write the time there."""
+        self.memory[place : place + 8] = struct.pack("d", time.monotonic())
+
+    def was_lately(self, place: int) -> bool:
+        (moment,) = struct.unpack("d", self.memory[place : place + 8])
+        return time.monotonic() - float(moment) < 3
 
     def requests(self) -> int:
         return sum(struct.unpack_from("<Q", self.memory, 16 * (n + 1))[0] for n in range(len(self.children)))
@@ -224,6 +248,13 @@ class Rig:
         eventually(lambda: not coming.running or not old.running, 20, "either has ended")
         self.settle()
         died = what in ("keeper", "broker and keeper") or any(broker.killed for broker in (old, coming))
+        self.memory[2] = number % 256
+        if died:
+            print(
+                f"round {number}: {what}, ended with {old.process.returncode}; the new one {'serves' if coming.running else coming.process.returncode}",
+                flush=True,
+            )
+            self.note(8)
         self.counts["replacements"] += 1
         self.counts["deaths_during_replacement"] += died
         self.counts["at_once"] += also is not None
@@ -264,9 +295,11 @@ class Rig:
                     heard = child.hear(20)
                     if not isinstance(heard, list):
                         break
-                    died, error = heard
-                    self.counts["failed_requests_with_deaths" if died else "failed_requests"] += 1
-                    if not died:
+                    died, stalled, error = heard
+                    name = "failed_requests_with_deaths" if died else "failed_requests_in_stalls" if stalled else "failed_requests"
+                    self.counts[name] += 1
+                    print(f"{name}: {error}", flush=True)
+                    if name == "failed_requests":
                         self.complaints.append(f"a request failed: {error}")
             finally:
                 child.end()
@@ -274,7 +307,7 @@ class Rig:
         self.counts["peak"] = self.server.counts()["peak"]
 
     def end(self) -> None:
-        for child in self.children:
+        for child in (*self.children, self.watcher):
             child.end()
         self.pool.close()
         self.quiet.close()
@@ -315,6 +348,7 @@ def main() -> int:
         "deaths_during_replacement",
         "sessions_lost_to_deaths",
         "failed_requests_with_deaths",
+        "failed_requests_in_stalls",
         "started_again",
     )
     print(json.dumps({name: rig.counts[name] for name in figures}))

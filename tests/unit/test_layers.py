@@ -20,13 +20,13 @@ LAYERS = [
     ["drivers"],
     ["attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout"],
     ["launch", "pool", "aio"],
-    ["keeper", "desk", "fdstore", "succession", "broker"],
+    ["keeper", "desk", "bond", "fdstore", "succession", "broker"],
     ["inspect", "supervisor"],
     ["integrations", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 WORKERS_SIDE = {"attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout", "launch", "pool", "aio"}
-BROKERS_SIDE = {"keeper", "desk", "fdstore", "succession", "broker"}
+BROKERS_SIDE = {"keeper", "desk", "bond", "fdstore", "succession", "broker"}
 EDGE = {"integrations", "cli"}
 
 ROOT = Path(mppool.__file__).parent

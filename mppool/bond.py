@@ -1,0 +1,285 @@
+"""The broker's bond with its keeper: what it gives, what it takes over, and another keeper where one is gone or silent.
+
+A keeper that has to be started is waited for by the broker's loop, which meanwhile serves everybody. Invariant: what is
+in ``held`` the keeper that we have a link to now has confirmed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from mppool.desk import Desk, Duplicate, shut, take_socket
+from mppool.errors import BrokerUnavailable, ProtocolError
+from mppool.keeper import keeper_path
+from mppool.kernel import link as wires
+from mppool.kernel.systemd import without_service
+from mppool.wire import RESIDENT, Kind, Message, decode, encode, pack_held, unpack_held
+
+__all__ = ["Bond", "put_message"]
+
+log = logging.getLogger("mppool.broker")
+
+ANSWER = 1.0  # seconds a keeper may take for an answer that we wait for
+SILENT = 3.0  # seconds without any answer after which it is given up
+START = 5.0  # seconds a new one may take to start
+
+Key = tuple[str, int, int]  # pool, slot, generation
+
+
+class Bond:
+    """``desks`` are the broker's; ``watch`` and ``unwatch`` are its loop's."""
+
+    def __init__(self, path: str, desks: dict[str, Desk], watch: Callable[[int, Callable[[], object]], None], unwatch: Callable[[int], None]) -> None:
+        self.path = keeper_path(path)
+        self.desks = desks
+        self.watch = watch
+        self.unwatch = unwatch
+        self.link: socket.socket | None = None
+        self.starting: subprocess.Popen[bytes] | None = None
+        self.started_at = 0.0
+        self.retry_at = 0.0
+        self.held: set[Key] = set()
+        self.lacking: list[tuple[Desk, int, Duplicate]] = []  # to be put
+        self.undropped: list[bytes] = []
+        self.unanswered = 0
+        self.answered_at = 0.0
+
+    # A keeper to talk to.
+
+    def take(self) -> None:
+        """Take over from the keeper that is there; if none answers, begin to start one."""
+        if not self.reach():
+            self.begin()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self.starting is not None and now - self.started_at > START:
+            log.error("no keeper: it does not start")
+            self.starting.kill()
+            self.end_start()
+        if self.unanswered and now - self.answered_at > SILENT:
+            self.lose()
+            self.begin()  # in its place: this one may be stopped
+        if self.link is None and self.starting is None and now >= self.retry_at:
+            self.take()
+
+    def reach(self) -> bool:
+        """Link to the keeper and take over all that it holds. False: there is none that answers."""
+        try:
+            sock = wires.connect(self.path)
+        except (OSError, BrokerUnavailable):
+            return False
+        self.held.clear()
+        try:
+            self.take_over(sock)
+        except (OSError, ProtocolError) as error:
+            log.error("the keeper is given up: %s", error)
+            sock.close()
+            return False
+        self.link = sock
+        self.unanswered = 0
+        self.undropped.clear()
+        self.watch(sock.fileno(), self.read)
+        everything = [(desk, k, duplicate) for desk in self.desks.values() for k, duplicate in desk.duplicates.items()]
+        self.lacking = [(desk, k, duplicate) for desk, k, duplicate in everything if (desk.ident, k, duplicate.generation) not in self.held]
+        self.put_lacking()
+        return True
+
+    def begin(self) -> None:
+        """Start a keeper; ``started`` is called when it listens, or has ended."""
+        self.retry_at = time.monotonic() + START
+        self.started_at = time.monotonic()
+        command = [sys.executable, "-m", "mppool.keeper", self.path]
+        try:
+            keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, env=without_service())
+        except OSError as error:
+            log.error("no keeper: %s", error)
+            return
+        keeper.returncode = 0  # it is nobody's child to wait for: the loop ignores SIGCHLD
+        self.starting = keeper
+        self.watch(self.pipe(), self.started)
+
+    def pipe(self) -> int:
+        assert self.starting is not None
+        assert self.starting.stdout is not None
+        return self.starting.stdout.fileno()
+
+    def started(self) -> None:
+        listens = bool(os.read(self.pipe(), 64))
+        self.end_start()
+        if not (listens and self.reach()):
+            log.error("no keeper: it did not start")
+
+    def wait_for_start(self) -> None:
+        """Until the keeper that is being started, if there is one, listens or has ended."""
+        while self.starting is not None and time.monotonic() < self.started_at + START:
+            if wires.wait_readable(self.pipe(), START):
+                self.started()
+
+    def end_start(self) -> None:
+        if self.starting is not None and self.starting.stdout is not None:
+            self.unwatch(self.pipe())
+            self.starting.stdout.close()
+        self.starting = None
+
+    def lose(self) -> None:
+        """It died, or is silent."""
+        sock, self.link = self.link, None
+        if sock is not None:
+            log.warning("the keeper has ended; another is started")
+            self.unwatch(sock.fileno())
+            sock.close()
+        self.held.clear()
+        self.unanswered = 0
+        self.retry_at = 0.0
+
+    # What it has.
+
+    def take_over(self, sock: socket.socket) -> None:
+        """All that the keeper holds becomes ours, too. Raises OSError, ProtocolError."""
+        wires.send(sock, encode(Message(Kind.GIVE_ALL)))
+        until = time.monotonic() + START
+        while time.monotonic() < until and wires.wait_readable(sock.fileno(), ANSWER):
+            fd = -1
+            try:
+                data, fd = wires.receive(sock)
+                if not data:
+                    raise ConnectionError("it has ended")
+                message = decode(data, 1 if fd >= 0 else 0)
+                if message.kind is Kind.SHOWN:
+                    return
+                if message.kind is Kind.PUT:
+                    given, fd = fd, -1
+                    if self.take_back(message, given, kept=True):
+                        self.held.add((unpack_held(message.body)[0], message.number, message.serial))
+                    else:
+                        wires.send(sock, encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        raise TimeoutError("it does not answer")
+
+    def take_back(self, message: Message, fd: int, *, kept: bool) -> bool:
+        """One session from the keeper or a store: ours if it is still what the table says; else it is ended, and this is False. Owns ``fd``."""
+        sock = take_socket(fd)
+        if sock is None:
+            return False
+        ident, baggage = unpack_held(message.body)
+        desk, k = self.desks.get(ident), message.number
+        if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial and desk.table.is_session(k, fd):
+            if desk.current(k) is None and k not in desk.closing:
+                duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
+                duplicate.kept = kept
+                desk.adopt(k, duplicate)
+            else:
+                sock.close()
+            return True
+        shut(sock, socket.SHUT_RDWR)
+        sock.close()
+        return False
+
+    def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
+        self.lacking.append((desk, k, duplicate))
+        self.put_lacking()
+
+    def drop(self, desk: Desk, k: int, generation: int) -> None:
+        self.held.discard((desk.ident, k, generation))
+        if self.link is not None:
+            self.undropped.append(encode(Message(Kind.DROP, k, generation, body=pack_held(desk.ident, b""))))
+            self.put_lacking()
+
+    def put_lacking(self) -> None:
+        """Say to the keeper what it does not know yet; if it is behind, the rest at its next answer."""
+        try:
+            while self.undropped and self.link is not None:
+                wires.send(self.link, self.undropped[0])
+                self.undropped.pop(0)
+            while self.lacking and self.link is not None:
+                desk, k, duplicate = self.lacking[0]
+                if desk.duplicates.get(k) is duplicate:
+                    wires.send(self.link, encode(put_message(desk, k, duplicate), 1), duplicate.sock.fileno())
+                    if not self.unanswered:
+                        self.answered_at = time.monotonic()
+                    self.unanswered += 1
+                self.lacking.pop(0)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.lose()
+
+    def read(self) -> None:
+        """Its answers."""
+        fd = -1
+        try:
+            while self.link is not None:
+                data, fd = wires.receive(self.link)
+                if not data:
+                    raise ConnectionError
+                message = decode(data, 1 if fd >= 0 else 0)
+                if message.kind is not Kind.KEPT:
+                    raise ProtocolError(f"a keeper does not say {message.kind.name} unasked")
+                ident, _ = unpack_held(message.body)
+                self.unanswered = max(0, self.unanswered - 1)
+                self.answered_at = time.monotonic()
+                desk = self.desks.get(ident)
+                if desk is not None:
+                    self.held.add((ident, message.number, message.serial))
+                    desk.kept(message.number, message.serial)
+        except BlockingIOError:
+            self.put_lacking()
+        except (OSError, ProtocolError):
+            self.lose()
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def forget(self, desk: Desk) -> None:
+        """The broker gives that pool up."""
+        self.lacking = [item for item in self.lacking if item[0] is not desk]
+
+    # The end.
+
+    def flush(self) -> None:
+        """Wait until the keeper has all that we have; if there is none, give it to another. Bounded by how long that may take."""
+        until = time.monotonic() + ANSWER
+        while self.lacks():
+            if self.link is None and self.starting is None:
+                self.take()
+            if self.starting is not None:
+                until = max(until, self.started_at + START)
+                if wires.wait_readable(self.pipe(), 0.02):
+                    self.started()
+            elif self.link is not None:
+                self.put_lacking()
+                if self.link is not None and wires.wait_readable(self.link.fileno(), 0.02):
+                    self.read()
+            if time.monotonic() >= until:
+                log.error("the keeper lacks sessions")
+                return
+
+    def lacks(self) -> bool:
+        everything = ((desk.ident, k, duplicate.generation) for desk in self.desks.values() for k, duplicate in desk.duplicates.items())
+        return any(key not in self.held for key in everything)
+
+    def leave(self, desk: Desk) -> None:
+        """We go; the keeper looks after the pool's names."""
+        if self.link is not None:
+            try:
+                wires.send(self.link, encode(Message(Kind.LEAVE, body=pack_held(desk.ident, b""))))
+            except OSError:
+                pass  # it died in this moment
+
+    def close(self) -> None:
+        self.end_start()
+        if self.link is not None:
+            self.link.close()
+
+
+def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:
+    return Message(Kind.PUT, k, duplicate.generation, RESIDENT if duplicate.resident else 0, pack_held(desk.ident, duplicate.baggage))
