@@ -25,6 +25,7 @@ def reclaim(hands: Hands) -> Story[None]:
     try:
         if not hands.may_reclaim():
             return
+        dead = reclaimer.dead_rows()  # anew: a row that was dead a moment ago may have been freed, and be somebody else's
         suspects = reclaimer.suspects(dead)
         if suspects:
             yield Pause(PAUSE)

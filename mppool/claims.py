@@ -103,8 +103,13 @@ def claim(words: memoryview, lane: Lane, slot: Slot) -> int:
 
 
 def release(words: memoryview, lane: Lane, slot: Slot) -> None:
-    """Give the token back; the state of the slot says already what the next one will find."""
+    """Give the token back; the state of the slot says already what the next one will find.
+
+    Raises ProtocolError, and gives nothing, if the lane does not say that we hold it: then somebody took it from us for dead.
+    """
     lane.sure = False
+    if words[lane.at] != slot.held:
+        raise ProtocolError(f"slot {slot.k} is to be released, but the lane says {words[lane.at]:#x}; its table is damaged")
     slot.give()
     words[lane.at] = 0
 

@@ -116,7 +116,7 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
             return None
         done = True
         message, given = answer
-        if message.kind is not Kind.SESSION or given is None:
+        if message.kind is not Kind.SESSION or given is None or message.number != k:
             return None
         worker.bump(R_FETCHES)
         return (yield from attach(worker, k, given, message.body))
@@ -140,11 +140,14 @@ def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[E
     conn = None
     try:
         conn = yield Attach(given.fd, baggage)
-        return worker.attach(k, conn)
+        entry = worker.attach(k, conn)
     except Exception as error:
         if conn is not None:
             worker.driver.abort(conn)
         raise error if isinstance(error, Error) else Error(f"a session cannot be attached in this process: {type(error).__name__}: {error}") from error
+    if worker.words[worker.table.shared_flag + k] != entry.generation + 1:
+        yield from share(worker, entry)  # given by an earlier broker; the one there is now must know that we have it
+    return entry
 
 
 class Turn(NamedTuple):
@@ -154,6 +157,9 @@ class Turn(NamedTuple):
     given: Descriptor | None = None
     baggage: bytes = b""
     dial: bool = False
+
+    def __repr__(self) -> str:
+        return f"Turn(dial={self.dial}, lane={self.lane is not None}, {len(self.baggage)} bytes)"  # which may be secret
 
 
 def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn]:
@@ -226,13 +232,17 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
     line.send(Message(Kind.CANCEL))
     until = time.monotonic() + ANSWER / 4
     turn = Turn()
-    while True:
+    while time.monotonic() < until:
         answer = yield Receive(line, until)
         if answer is None:
-            return None
+            break
         if answer[0].kind is Kind.STRUCK:
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, lane, answer)
+    if turn.lane is None and not turn.dial:
+        return None
+    line.close()  # it may yet say STRUCK
+    return turn
 
 
 def give_up(worker: Worker, line: Line, lane: Lane) -> None:
@@ -262,6 +272,8 @@ def settle_abandoned(worker: Worker) -> Story[None]:
                     worker.lines.append(line)
                     worker.refuse_grant(lane)
                     break
+                if time.monotonic() > until:
+                    raise LineLost  # a broker that says this and that, and never what it was asked
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:

@@ -89,7 +89,7 @@ def claim_free_slot(hands: Hands) -> Lane | None:
     while k >= 0:
         slot = worker.slot(k)
         if hands.claim(lane, slot):
-            if worker.permits.take(k):
+            if not words[table.permit + k] and worker.permits.take(k):
                 words[table.home + k] = worker.row.home
                 table.move(k, State.DIALING)
                 return lane

@@ -86,12 +86,11 @@ class Permits:
     # Inside it.
 
     def held(self) -> int:
-        at = self.table.permit
-        return sum(self.words[at : at + self.table.slots].tolist())
+        return self.table.slots - self.table.array(self.table.permit).count(0)
 
     def settle(self) -> bool:
         """Make the semaphore say what the slots hold. True if it did not: somebody died, or was interrupted, half-way."""
-        held, max_size = self.held(), self.words[W_MAX_SIZE]
+        held, max_size = self.held(), min(self.words[W_MAX_SIZE], self.table.slots)
         units, have = max(0, max_size - held), self.cap.value
         for _ in range(have, units):
             self.cap.release()

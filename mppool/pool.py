@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic_ns
 from types import TracebackType
 from typing import Any, TypeVar
@@ -137,12 +138,13 @@ class Pool:
             hands.done()
             return conn
         except BaseException:
-            if hands is not None:
-                hands.settle()
-            elif ready is not None:
-                worker.interrupted(*ready)
-            self._leave_if_done(worker)
-            raise
+            with understood(worker):
+                if hands is not None:
+                    hands.settle()
+                elif ready is not None:
+                    worker.interrupted(*ready)
+                self._leave_if_done(worker)
+                raise
 
     def putconn(self, conn: Any, *, discard: bool = False) -> None:
         """Give a lent session back; with ``discard`` it is closed. Raises Error if it is not lent (any more)."""
@@ -167,12 +169,13 @@ class Pool:
                 self._put_slowly(hands, entry, lane, discard)
                 hands.done()
         except BaseException:
-            if hands is not None:
-                hands.settle()
-            elif ready is not None and ready not in worker.idle:
-                worker.settle(ready[1])
-            self._leave_if_done(worker)
-            raise
+            with understood(worker):
+                if hands is not None:
+                    hands.settle()
+                elif ready is not None and ready not in worker.idle:
+                    worker.settle(ready[1])
+                self._leave_if_done(worker)
+                raise
         if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
             perform(worker, after_return(worker))
         if worker is self._leaving:
@@ -214,7 +217,7 @@ class Pool:
 
         Threads that wait for a session get PoolClosed, within a second. Does not end the pool for other workers. May be repeated.
         """
-        with self._opening:
+        with self._door():
             self._closed = True
             worker, self._worker = self._worker, None
         if worker is not None and worker.guard[0]:
@@ -266,7 +269,7 @@ class Pool:
 
     def _enter(self) -> Worker:
         """This process's part in the pool, made at its first use."""
-        with self._opening:
+        with self._door():
             if self._closed:
                 raise PoolClosed(f"pool {self.name!r} is closed")
             worker = self._worker
@@ -283,6 +286,16 @@ class Pool:
         if self.options.min_size:
             perform(worker, prewarm(worker))
         return worker
+
+    @contextmanager
+    def _door(self) -> Iterator[None]:
+        """One thread at a time. Only tried: gevent may have come after the lock was made, and waiting would stop all its greenlets."""
+        while not self._opening.acquire(False):
+            time.sleep(0.001)
+        try:
+            yield
+        finally:
+            self._opening.release()
 
     def _leave_if_done(self, worker: Worker) -> None:
         """After ``close()``: whoever brings back the last lease, or stops waiting, in whatever thread, leaves."""
@@ -330,6 +343,17 @@ class Lease:
         if kind is None or id(conn) in worker.leases:  # else it was given back within the block, before the exception
             self._pool.putconn(conn, discard=kind is not None)
         worker.blocks.pop(id(conn), None)
+
+
+@contextmanager
+def understood(worker: Worker) -> Iterator[None]:
+    """What Python says of words that make no sense becomes what mppool says of a damaged table."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, Error):
+            raise
+        raise worker.table.damaged(f"{type(error).__name__}: {error}") from error
 
 
 def perform(worker: Worker, story: Story[T]) -> T:

@@ -59,6 +59,9 @@ class Reclaimer:
     def suspects(self, dead: set[int]) -> list[Evidence]:
         """First look. ``PAUSE`` seconds later ask ``convicted`` about what it returns."""
         alive, orphaned = claims.scan(self.table, dead)
+        for k, state in enumerate(self.table.states()):
+            if state != State.FREE and k not in alive:
+                orphaned.setdefault(k, ())  # idle, or taken although nobody's lane says so: a lane was overwritten
         found = (claims.suspect(self.table, self.slot(k), lanes, alive) for k, lanes in orphaned.items() if k < self.table.slots)
         return [evidence for evidence in found if evidence is not None]
 

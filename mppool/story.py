@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import _socket
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Attach:
     """Make a session of a duplicate of a descriptor and its baggage; answer: the session."""
 
     fd: int
-    baggage: bytes
+    baggage: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,9 @@ COUNTERS = {
 }
 
 
+_LARGEST = 2**62  # of any option's word
+
+
 def ns(seconds: float) -> int:
     return int(seconds * 1e9)
 
@@ -132,6 +135,8 @@ class Table:
         self.rows = words[W_ROWS]
         if words[W_BOOT] != boot_word() or not 8 <= self.slots <= MAX_SLOTS or self.rows != ROWS or len(words) * 8 < _size(self.slots):
             raise ProtocolError(f"pool table {ident} is damaged or from before a reboot; end its workers, then mppool gc")
+        if not 1 <= words[W_MAX_SIZE] <= self.slots or max(words[W_MIN_SIZE : W_CLOSE_TIMEOUT + 1].tolist()) > _LARGEST:
+            raise self.damaged("an option is out of its bounds")
         if words[W_LOCK_INODE] != lock_inode:
             raise ProtocolError(f"pool table {ident} has lost its lock file (somebody removed it from {memory.SHM}); end its workers, then mppool gc")
         self.states_byte = _states_byte()
@@ -143,6 +148,9 @@ class Table:
         self.lanes = 2 * self.slots
         self._stride = R_LANES + self.lanes
         self.halves = shared.halves
+
+    def damaged(self, what: str) -> ProtocolError:
+        return ProtocolError(f"pool table {self.ident} is damaged ({what}); end its workers, then mppool gc")
 
     # Places.
 
@@ -170,13 +178,13 @@ class Table:
         try:
             return State(self.mem[self.states_byte + k])
         except ValueError as error:
-            raise ProtocolError(f"pool {self.ident}: slot {k} has state {self.mem[self.states_byte + k]}") from error
+            raise self.damaged(f"slot {k} has state {self.mem[self.states_byte + k]}") from error
 
     def move(self, k: int, new: State) -> None:
         """Move a slot whose token the caller holds. (The fast path writes IN_USE and IDLE itself.)"""
         old = self.state(k)
         if new not in MOVES[old]:
-            raise ProtocolError(f"pool {self.ident}: slot {k} may not go from {old.name} to {new.name}")
+            raise self.damaged(f"slot {k} may not go from {old.name} to {new.name}")
         self.mem[self.states_byte + k] = new
         self.words[self.since + k] = time.monotonic_ns()
 
@@ -308,7 +316,10 @@ def attach_or_create(ident: str, lock: LockFile, options: Options, *, name: str,
     Raises ConfigMismatch if the name is in use for another target or driver.
     """
     table = open_table(ident, lock)
-    if table is None or not is_in_use(lock):
+    in_use = is_in_use(lock)
+    if table is None and in_use:
+        raise ProtocolError(f"pool table {ident} is damaged, or was removed, under processes that use it; end them, then mppool gc")
+    if table is None or not in_use:
         # Never finished, or left over by processes that are all gone: their sessions went with them.
         if table is not None:
             table.close()

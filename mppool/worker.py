@@ -181,6 +181,8 @@ class Worker:
         self.closed = False
 
     def slot(self, k: int) -> Slot:
+        if not 0 <= k < self.table.slots:
+            raise self.table.damaged(f"a lane names slot {k}")
         slot = self.slots[k]
         if slot is None:
             slot = self.slots[k] = Slot(self.table, k)
@@ -406,6 +408,8 @@ class Worker:
             line.close()
         for entry in list(self.entries.values()):
             entry.close()
+            if entry.lent is not entry.conn:
+                self.driver.abort(entry.lent)
             self.driver.abort(entry.conn)
         if not any(hands.dialing for hands in self.stories):
             self.lock.close()  # else it stays open, and with it the row alive: a thread that we do not have was making a connection, and we have that

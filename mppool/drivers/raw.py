@@ -45,7 +45,7 @@ class RawDriver:
                     sock.close()
                     raise
             else:
-                sock = socket.create_connection((target.host, target.port), timeout=self.connect_timeout)
+                sock = connect(target.host, target.port, self.connect_timeout)
         except socket.gaierror as error:
             permanent = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
             raise DialFailed(f"target={str(target)!r}: cannot resolve {target.host!r}: {error.strerror}", permanent=permanent) from error
@@ -95,7 +95,27 @@ class RawDriver:
         session.close()
 
     def abort(self, session: socket.socket) -> None:
-        session.close()
+        fd = session.detach()  # close() would wait for the last ``makefile()``
+        if fd >= 0:
+            os.close(fd)
 
     def fileno(self, session: socket.socket) -> int:
         return session.fileno()
+
+
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """An address needs no look-up, whose locks in the C library a fork in another thread leaves locked in the child for ever."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout)
+            sock.connect((host, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    return socket.create_connection((host, port), timeout=timeout)

@@ -13,6 +13,15 @@ from tests.model.steps import Atomic, Lock, Semaphore, Shared
 __all__ = ["World"]
 
 
+class Stories(Atomic):
+    """Who is in the middle of what is a matter of one process."""
+
+    def add(self, hands: Any) -> None:
+        pass
+
+    discard = add
+
+
 class World(Scenario):
     """``rows`` processes share ``slots`` slots; the words named in ``interest`` are shared for real, others are constants.
 
@@ -106,8 +115,8 @@ class World(Scenario):
         worker = object.__new__(code.worker.Worker)
         worker.table, worker.words, worker.mem, worker.lock, worker.row = table, table.words, table.mem, Lock(), self.row(index)
         worker.permits, worker.slots = self.permits(), [None] * table.slots
-        worker.lanes = deque(code.claims.Lane(worker.row, lane) for lane in range(table.lanes))
-        worker.all_lanes = tuple(worker.lanes)  # for the scenarios
+        worker.all_lanes = tuple(code.claims.Lane(worker.row, lane) for lane in range(table.lanes))
+        worker.lanes, worker.stories = deque(worker.all_lanes), Stories()
         worker.entries, worker.idle, worker.leases, worker.lines = {}, deque(), {}, deque()
         worker.abandoned, worker.unfinished, worker.limbo, worker.blocks = deque(), deque(), deque(), {}
         worker.generation_at, worker.waiting, worker.reclaiming, worker.counting = table.generation, set(), {}, nullcontext()
