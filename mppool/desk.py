@@ -519,7 +519,7 @@ class Desk:
 
     def due(self) -> float:
         """The moment something of this desk wants to be looked at, on the monotonic clock."""
-        moments = [time.monotonic() + 0.002] if self.closing else []
+        moments = [time.monotonic() + 0.0005] if self.closing else []  # epoll makes it a millisecond
         if self.cases:
             moments.append(self.cases_due)
         elif self.dead:

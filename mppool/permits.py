@@ -131,9 +131,9 @@ class Permits:
         return self.room_to_dial() > 0
 
     def room_to_dial(self) -> int:
-        """How many may begin to dial now."""
+        """How many may begin to dial now. By the slots, not by the semaphore: a resize may have died before it gave the units."""
         words = self.words
-        units = self.cap.value
+        units = max(0, words[W_MAX_SIZE] - self.held())
         if words[W_FAILURES]:
             return min(units, 1) if time.monotonic_ns() >= words[W_RETRY_AT] and not self.dialing() else 0
         return min(units, words[W_MAX_DIALING] - self.dialing()) if units else 0

@@ -13,7 +13,10 @@ from typing import NamedTuple
 
 __all__ = ["Mutation", "load"]
 
-MODULES = ("alone", "claims", "conversation", "desk", "dialing", "exchange", "permits", "reclaim", "returning", "states", "table", "worker")
+MODULES = (
+)
+    ["alone", "attached", "claims", "conversation", "desk", "dialing", "errors", "exchange", "permits", "reclaim", "returning", "states", "table", "worker"]
+)
 
 
 class Mutation(NamedTuple):

@@ -6,17 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tests.model.steps import AFTER, BEFORE, KINDS, Done, Oracle, Step
+from tests.model.steps import AFTER, BEFORE, KINDS, Done, Oracle, Step, Violation
 
 __all__ = ["WAIT", "Explorer", "Process", "Scenario", "State", "Violation", "explore"]
 
 WAIT = object()  # the answer to a step of a scenario's own that cannot be taken yet
-
-
-class Violation(Exception):
-    """What must never happen happened. ``path``: the steps that lead to it."""
-
-    path: tuple[str, ...] = ()
 
 
 class Process(NamedTuple):
@@ -67,6 +61,10 @@ class Scenario:
         return len(self.processes) - 1
 
     # To override.
+
+    def selectable(self, memory: tuple[int, ...], me: int, step: Step) -> list[Any]:
+        """The answers to a "select": what this process may turn to next. None: it waits."""
+        raise NotImplementedError(step)
 
     def died(self, memory: list[int], me: int) -> None:
         """What the kernel does when a process ends, besides freeing its locks."""
@@ -125,15 +123,17 @@ class Explorer:
             found = self.following[number, answer] = self.settle(process._replace(seen=(*process.seen, answer)))
         return found
 
-    def take(self, memory: tuple[int, ...], me: int, step: Step) -> tuple[Any, tuple[int, ...]] | None:
-        """The answer to a step and the memory after it; None if it must wait."""
+    def take(self, memory: tuple[int, ...], me: int, step: Step) -> list[tuple[Any, tuple[int, ...]]]:
+        """The answers that a step may get, each with the memory after it; none if it must wait."""
         scenario = self.scenario
         kind, place, value = step
         at = scenario.places.get(f"byte {place}" if kind in ("lock", "unlock", "held") else place, -1)
         if kind in ("read", "value"):
-            return memory[at], memory
+            return [(memory[at], memory)]
         if kind == "held":
-            return memory[at] not in (0, me + 1), memory
+            return [(memory[at] not in (0, me + 1), memory)]
+        if kind == "select":
+            return [(answer, memory) for answer in scenario.selectable(memory, me, step)]
         after = list(memory)
         answer: Any = None
         if kind == "write":
@@ -146,7 +146,7 @@ class Explorer:
         elif kind == "lock":
             answer = memory[at] in (0, me + 1)
             if not answer and place in scenario.patient:
-                return None
+                return []
             if answer:
                 after[at] = me + 1
         elif kind == "unlock":
@@ -154,9 +154,9 @@ class Explorer:
         else:
             answer = scenario.stepped(after, me, step)
             if answer is WAIT:
-                return None
+                return []
         scenario.check(memory, after, me, step)
-        return answer, tuple(after)
+        return [(answer, tuple(after))]
 
     def unlocked(self, memory: list[int], me: int) -> None:
         for at in self.bytes.values():
@@ -183,12 +183,11 @@ class Explorer:
             if step is None:
                 continue
             taken = self.take(state.memory, me, step)
-            if taken is not None:
-                answer, memory = taken
+            for answer, memory in taken:
                 for next_number in self.after(number, answer):
                     yield f"{me} {process.operation} {step} -> {answer}", State(memory, put(state.processes, me, next_number), state.deaths, state.interrupts)
             if state.interrupts and step.kind in KINDS and self.may_be_interrupted(process):
-                for when, memory in ((BEFORE, state.memory), *(((AFTER, taken[1]),) if taken is not None else ())):
+                for when, memory in ((BEFORE, state.memory), *((AFTER, memory) for _, memory in taken)):
                     for next_number in self.after(number, when):
                         yield (
                             f"{me} {process.operation} {when} {step}",
@@ -199,20 +198,24 @@ class Explorer:
         """Once an operation: the handler that settles what the first interruption left is not interrupted itself."""
         return process.operation is not None and process.operation[0] in self.scenario.interruptible and not {BEFORE, AFTER} & set(process.seen)
 
-    def alone(self, state: State, operation: tuple[Any, ...], local: Any) -> State:
-        """Let a new process run one operation, and those that follow from it, while nobody else moves."""
-        me = len(state.processes)
-        memory = state.memory
-        [number] = self.settle(Process(self.oracle.keep(local), operation))
-        while (step := self.wanted[number]) is not None:
+    def go_on(self, state: State, me: int, local: int, operation: tuple[Any, ...]) -> tuple[State, Done]:
+        """Let a process run one operation while nobody else moves."""
+        memory, seen = state.memory, ()  # type: tuple[Any, ...], tuple[Any, ...]
+        while isinstance(step := self.oracle.next(local, operation, seen), Step):
             taken = self.take(memory, me, step)
-            if taken is None:
+            if not taken:
                 raise Violation(f"who comes last waits for ever: {step}")
-            answer, memory = taken
-            [number] = self.after(number, answer)
-        after = list(memory)
+            answer, memory = taken[0]
+            seen = *seen, answer
+        return state._replace(memory=memory), step
+
+    def alone(self, state: State, operation: tuple[Any, ...], local: Any) -> tuple[State, Any]:
+        """Let a new process run one operation while nobody else moves, and end; also what the operation returned."""
+        me = len(state.processes)
+        state, done = self.go_on(state, me, self.oracle.keep(local), operation)
+        after = list(state.memory)
         self.unlocked(after, me)
-        return state._replace(memory=tuple(after))
+        return state._replace(memory=tuple(after)), done.result
 
     def begin(self) -> Iterator[State]:
         scenario = self.scenario

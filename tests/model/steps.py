@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import posix_ipc
 
-__all__ = ["Done", "Interrupt", "Lock", "Oracle", "Pending", "Shared", "Step", "access", "freeze"]
+__all__ = ["Done", "Interrupt", "Lock", "Oracle", "Pending", "Shared", "Step", "Violation", "access", "freeze"]
 
 
 KINDS = frozenset({"read", "write", "take", "give", "value", "lock", "unlock", "held"})
@@ -36,6 +36,12 @@ class Done(NamedTuple):
 
     result: Any
     local: int
+
+
+class Violation(Exception):
+    """What must never happen happened. ``path``: the steps that lead to it."""
+
+    path: tuple[str, ...] = ()
 
 
 class Pending(BaseException):
@@ -110,6 +116,8 @@ class Oracle:
             result = self.operations[name](mine, *arguments)
         except Pending:
             result = None
+        except Exception as error:
+            raise Violation(f"{name} raised {type(error).__name__}: {error}") from error
         finally:
             run, _run = _run, None
             sys.unraisablehook = previous

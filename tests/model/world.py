@@ -58,6 +58,12 @@ class World(Scenario):
             def open_cap(self) -> Any:
                 return Semaphore("cap")
 
+            def text(self, field: str) -> str:
+                return "model"
+
+            def is_session(self, k: int, fd: int) -> bool:
+                return True
+
         self.table = ModelTable(SimpleNamespace(words=words, mem=mem, halves=Shared(half_words, {})), "model", 0)
         t = self.table
         t.slots, t.lanes = self.slots, self.lanes
@@ -88,7 +94,7 @@ class World(Scenario):
         shared("last_incarnation", 0, of_interest, table.W_INCARNATION, 100)
         held = sum(self.value_of("permit", k) for k in range(self.slots))
         self.place("cap", self.max_size - held)
-        self.patient = frozenset({table.DIAL})
+        self.patient = frozenset({table.CREATION, table.DIAL})
 
     def state_of(self, k: int) -> int:
         return int(self.code.states.State.IDLE)
@@ -123,6 +129,21 @@ class World(Scenario):
         worker.options, worker.credit, worker.turns = SimpleNamespace(debug=False), 0, 0
         worker.reclaimer = code.reclaim.Reclaimer(table, worker.lock, worker.permits, worker.row, worker.slot)
         return worker
+
+    def takes_row(self, worker: Any) -> bool:
+        """A process that comes later: a row for it, if one is free."""
+        lock = Lock()
+        lock.take(self.code.table.CREATION)
+        try:
+            worker.row = self.code.table.Row(self.table, lock, 1)
+        except self.code.errors.Error:
+            return False
+        finally:
+            lock.give(self.code.table.CREATION)
+        worker.row.lock = None
+        worker.all_lanes = tuple(self.code.claims.Lane(worker.row, lane) for lane in range(self.table.lanes))
+        worker.lanes = deque(worker.all_lanes)
+        return True
 
 
 def perform(story: Any, driver: Any = None) -> Any:

@@ -13,9 +13,9 @@ __all__ = ["Claims"]
 
 
 class Claims(World):
-    """Processes 0.. use the slot, the last ``reclaimers`` reclaim as processes do that have no broker."""
+    """Processes 0.. use the slot, ``reclaimers`` more reclaim as processes do that have no broker, ``arrivals`` take a row that was freed."""
 
-    interest = ("uses", "state", "lane", "generation", "permit")
+    interest: tuple[str, ...] = ("uses", "state", "lane", "generation", "permit")
 
     def __init__(
         self,
@@ -23,17 +23,21 @@ class Claims(World):
         *,
         users: int = 2,
         reclaimers: int = 1,
+        arrivals: int = 0,
         rounds: int = 1,
         looks: int = 1,
         deaths: int = 1,
         interrupts: int = 0,
         grants: bool = False,
+        mortal: int = 100,
     ) -> None:
         self.rows = users + reclaimers
+        if arrivals:
+            self.interest = (*self.interest, "pid", "incarnation", "last_incarnation")
         super().__init__(code)
         self.deaths, self.interrupts = deaths, interrupts
-        self.mortal = tuple(range(self.rows))
-        self.operations.update(claim=self.claim, release=self.release, grant=self.grant, accept=self.accept, reclaim=self.reclaim)
+        self.mortal = tuple(range(min(mortal, self.rows)))
+        self.operations.update(arrive=self.arrive, claim=self.claim, release=self.release, grant=self.grant, accept=self.accept, reclaim=self.reclaim)
         self.interruptible = {"claim", "release"}
         self.grants = grants
         self.place("message")
@@ -41,8 +45,13 @@ class Claims(World):
             self.start(self.worker(me), ("accept", rounds) if grants and me == 1 else ("claim", rounds))
         for me in range(users, self.rows):
             self.start(self.worker(me), ("reclaim", looks))
+        for _ in range(arrivals):
+            self.start(self.worker(0), ("arrive",))
 
     # What processes do.
+
+    def arrive(self, worker: Any) -> Any:
+        return ("claim", 1) if self.takes_row(worker) else None
 
     def claim(self, worker: Any, rounds: int) -> Any:
         if not rounds:
@@ -117,7 +126,7 @@ class Claims(World):
         """A process that comes last finds, or makes, everything whole."""
         last = self.worker(self.rows - 1)
         for _ in range(3):
-            state = explorer.alone(state, ("reclaim", 1), last)
+            state, _ = explorer.alone(state, ("reclaim", 1), last)
         if not self.get(state.memory, "holders 0"):
             token, permit, cap = (self.get(state.memory, name) for name in ("token 0", "permit 0", "cap"))
             if (token, permit + cap) != (1, 1):

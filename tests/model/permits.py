@@ -130,10 +130,13 @@ class Permits(World):
             raise Violation(f"{sum(permits)} permits")
 
     def at_rest(self, state: State, explorer: Explorer) -> None:
+        """A process that comes last finds everything free, and can dial."""
         last = self.worker(self.rows - 1)
         for _ in range(3):
-            state = explorer.alone(state, ("reclaim",), last)
-        state = explorer.alone(state, ("resize", 2), last)
-        found = {name: self.get(state.memory, name) for name in ("token 0", "token 1", "permit 0", "permit 1", "connection 0", "connection 1", "cap")}
-        if list(found.values()) != [1, 1, 0, 0, 0, 0, 2]:
+            state, _ = explorer.alone(state, ("reclaim",), last)
+        found = {name: self.get(state.memory, name) for name in ("token 0", "token 1", "permit 0", "permit 1", "connection 0", "connection 1")}
+        if list(found.values()) != [1, 1, 0, 0, 0, 0]:
             raise Violation(f"lost: {found}")
+        state, dialed = explorer.alone(state, ("dial", 1), last)
+        if dialed is None or self.get(state.memory, "cap") != self.get(state.memory, "max_size 0") - 1:
+            raise Violation(f"lost: dialed {dialed}, units {self.get(state.memory, 'cap')} of {self.get(state.memory, 'max_size 0')}")
