@@ -14,8 +14,20 @@ from typing import NamedTuple
 __all__ = ["Mutation", "load"]
 
 MODULES = (
-)
-    ["alone", "attached", "claims", "conversation", "desk", "dialing", "errors", "exchange", "permits", "reclaim", "returning", "states", "table", "worker"]
+    "alone",
+    "attached",
+    "claims",
+    "conversation",
+    "desk",
+    "dialing",
+    "errors",
+    "exchange",
+    "permits",
+    "reclaim",
+    "returning",
+    "states",
+    "table",
+    "worker",
 )
 
 
