@@ -160,6 +160,8 @@ def scan(table: Table, dead: set[int]) -> tuple[set[int], dict[int, tuple[int, .
     alive: set[int] = set()
     orphaned: dict[int, tuple[int, ...]] = {}
     for row in table.taken_rows():
+        if table.names_nothing(row):
+            continue
         at = table.lanes_at(row)
         for index, word in enumerate(table.lanes_of(row)):
             if word & _KIND:

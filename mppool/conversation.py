@@ -38,9 +38,14 @@ def connect(worker: Worker) -> Story[Line | None]:
         return None  # dead or stopped; one that comes says so in the table first
     while worker.lines:
         try:
-            return worker.lines.pop()
+            known = worker.lines.pop()
+            if worker.owes:
+                show(worker, known)
+            return known
         except IndexError:
             break
+        except LineLost:
+            continue
     now = time.monotonic()
     if now < worker.next_try:
         return None
@@ -58,8 +63,7 @@ def connect(worker: Worker) -> Story[Line | None]:
         if welcome.kind is not Kind.WELCOME:
             raise LineLost
         line.epoch = welcome.serial
-        if worker.shown_epoch != line.epoch:
-            show(worker, line)
+        show(worker, line)
         found, line = line, None
         return found
     except (OSError, LineLost):
@@ -71,12 +75,14 @@ def connect(worker: Worker) -> Story[Line | None]:
 
 
 def show(worker: Worker, line: Line) -> None:
-    """Give a new broker the duplicates it lacks. Raises LineLost."""
+    """Give the broker the duplicates it lacks: all if it is new, else those that were lost on their way. Raises LineLost."""
     for entry in list(worker.entries.values()):
         if entry.generation == worker.words[worker.generation_at + entry.slot.k]:
             send_duplicate(worker, line, entry)
-    line.send(Message(Kind.SHOWN))
-    worker.shown_epoch = line.epoch
+    worker.owes = False
+    if worker.shown_epoch != line.epoch:
+        line.send(Message(Kind.SHOWN))
+        worker.shown_epoch = line.epoch
 
 
 def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
@@ -99,6 +105,7 @@ def share(worker: Worker, entry: Entry) -> Story[None]:
     try:
         send_duplicate(worker, line, entry)
     except LineLost:
+        worker.owes = True
         return
     worker.lines.append(line)
 
@@ -134,12 +141,12 @@ def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[E
 
     Raises Error if it cannot be attached here; the session is what it was.
     """
-    if not worker.table.is_session(k, given.fd):
+    if not worker.table.is_session(k, given.fileno()):
         log.error("pool %r: the broker gave another socket for slot %d than was dialed there", worker.table.text("name"), k)
         return None
     conn = None
     try:
-        conn = yield Attach(given.fd, baggage)
+        conn = yield Attach(given.fileno(), baggage)
         entry = worker.attach(k, conn)
     except Exception as error:
         if conn is not None:

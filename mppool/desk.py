@@ -70,10 +70,13 @@ class Duplicate:
 class Closing:
     """A session on its way out: shut down by us, the server's end awaited until ``until``. Owns ``sock``."""
 
-    __slots__ = ("case", "k", "lane", "reason", "sock", "until")
+    __slots__ = ("case", "generation", "k", "lane", "reason", "sock", "until")
 
-    def __init__(self, k: int, sock: socket.socket | None, until: float, reason: CloseReason, lane: Lane | None, case: Evidence | None) -> None:
+    def __init__(
+        self, k: int, generation: int, sock: socket.socket | None, until: float, reason: CloseReason, lane: Lane | None, case: Evidence | None
+    ) -> None:
         self.k = k
+        self.generation = generation
         self.sock = sock  # None: it is closed, or we never had it
         self.until = until
         self.reason = reason
@@ -362,14 +365,13 @@ class Desk:
     def close(self, k: int, reason: CloseReason, *, lane: Lane | None = None, case: Evidence | None = None) -> None:
         """End a session that our ``lane`` holds, or whose holder was convicted: say so to the server and wait for its end."""
         self.table.move(k, State.CLOSING)
-        duplicate = self.current(k)
         sock = None
-        if duplicate is not None:
-            sock = duplicate.sock.dup()
-            self.drop(k)
+        if self.current(k) is not None:
+            # The keeper's duplicate stays until the slot is free: should we die before, the next broker needs it to bring this to its end.
+            sock = self.duplicates.pop(k).sock
             shut(sock, socket.SHUT_WR)
         until = time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9
-        self.closing[k] = Closing(k, sock, until, reason, lane, case)
+        self.closing[k] = Closing(k, self.words[self.table.generation + k], sock, until, reason, lane, case)
         self.finish_closing()
 
     def finish_closing(self) -> None:
@@ -394,6 +396,7 @@ class Desk:
                     self.lanes.append(closing.lane)
                     self.words[self.row.at + R_CLOSED + closing.reason] += 1
             del self.closing[closing.k]
+            self.keeping.drop(self, closing.k, closing.generation)
             freed = True
         if freed:
             self.free_rows()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+from io import FileIO
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel import link
@@ -14,16 +14,9 @@ __all__ = ["Descriptor", "Line", "LineLost"]
 log = logging.getLogger("mppool")
 
 
-class Descriptor:
-    """A received descriptor, closed when nobody has this object any more: whatever is thrown wherever, none is left open."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self) -> None:
-        os.close(self.fd)
+Descriptor = FileIO
+"""A received descriptor, closed when nobody has the object any more: whatever is thrown wherever, none is left open. (Not by a
+``__del__`` of ours: what a signal handler throws in there is swallowed.)"""
 
 
 class LineLost(Exception):
@@ -56,7 +49,7 @@ class Line:
         try:
             data, fd = link.receive(self.sock)
             if fd >= 0:
-                given = Descriptor(fd)
+                given = Descriptor(fd, "rb+")
             if not data:
                 raise LineLost
             return decode(data, 1 if given else 0), given

@@ -78,6 +78,13 @@ class Permits:
                 raise Error(f"the dial lock of pool {self.table.text('name')!r} is held for {timeout:g} s (a stopped process?)")
             time.sleep(SPIN)
 
+    def let_go(self) -> None:
+        """After an interruption: if it hit the end of a section, the lock is held for nobody."""
+        with self.door:
+            if self.holder is not None and self.holder() is None:
+                self.lock.give(DIAL)
+                self.holder = None
+
     def is_ours(self) -> bool:
         """Is this very thread inside, below us? Then we are in a signal handler, and waiting for it would be for ever."""
         holder = self.holder() if self.holder is not None else None
@@ -158,14 +165,13 @@ class Permits:
 class Section:
     """One try at the dial lock, and the way out of it. Inside, the equation holds.
 
-    Which section of this process is inside is a weak reference: one whose end was interrupted gives the lock up when it is collected.
+    Which section of this process is inside is a weak reference: one whose end was interrupted is gone, see ``Permits.let_go``.
     """
 
-    __slots__ = ("__weakref__", "_permits", "_reference", "inside", "thread")
+    __slots__ = ("__weakref__", "_permits", "inside", "thread")
 
     def __init__(self, permits: Permits) -> None:
         self._permits = permits
-        self._reference = weakref.ref(self)
         self.inside = False
         self.thread = threading.get_ident()
 
@@ -175,7 +181,7 @@ class Section:
             with permits.door:
                 if permits.holder is not None and permits.holder() is not None:
                     return
-                permits.holder = self._reference
+                permits.holder = weakref.ref(self)
             if permits.lock.take(DIAL):
                 if permits.settle():
                     permits.words[W_REPAIRS] += 1
@@ -188,11 +194,9 @@ class Section:
 
     def leave(self) -> None:
         permits = self._permits
-        if permits.holder is self._reference and permits.lock.fd >= 0:
+        if permits.holder is not None and permits.holder() is self:
             permits.lock.give(DIAL)
             permits.holder = None
-
-    __del__ = leave
 
     def __enter__(self) -> bool:
         return self.inside

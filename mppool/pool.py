@@ -31,7 +31,7 @@ from mppool.returning import after_return, put_down
 from mppool.snapshot import snapshot
 from mppool.states import State
 from mppool.story import Attach, Call, Close, Dial, Ended, Pause, Receive, Request, Story
-from mppool.stray import settle_strays
+from mppool.stray import let_go, settle_strays
 from mppool.table import H_FLAGS, W_ATTENTION
 from mppool.worker import Hands, Worker, never
 
@@ -137,11 +137,10 @@ class Pool:
             conn = perform(worker, checkout(hands, check_timeout(timeout, self.options.timeout), ready[0] if ready is not None else None))
             hands.done()
             return conn
-        except BaseException:
+        except BaseException as error:
             with understood(worker):
-                if hands is not None:
-                    hands.settle()
-                elif ready is not None:
+                self._unwind(worker, error, hands)
+                if hands is None and ready is not None:
                     worker.interrupted(*ready)
                 self._leave_if_done(worker)
                 raise
@@ -168,15 +167,16 @@ class Pool:
                 ready = None
                 self._put_slowly(hands, entry, lane, discard)
                 hands.done()
-        except BaseException:
+        except BaseException as error:
             with understood(worker):
-                if hands is not None:
-                    hands.settle()
-                elif ready is not None and ready not in worker.idle:
+                if hands is None and ready is None:
+                    ready = worker.leases.pop(id(conn), None)
+                self._unwind(worker, error, hands)
+                if hands is None and ready is not None and ready not in worker.idle:
                     worker.settle(ready[1])
                 self._leave_if_done(worker)
                 raise
-        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or not worker.look()):
+        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
             perform(worker, after_return(worker))
         if worker is self._leaving:
             self._leave_if_done(worker)
@@ -187,6 +187,17 @@ class Pool:
             entry.lent.close()
             entry.lent = entry.conn
         perform(hands.worker, put_down(hands, lane, entry, discarded=discard))
+
+    def _unwind(self, worker: Worker, error: BaseException, hands: Hands | None) -> None:
+        """After an exception: what the story holds is settled, and if a signal handler threw it, whatever lies between two hands."""
+        interrupted = not isinstance(error, Error)
+        if interrupted:
+            let_go(error)
+        if hands is not None:
+            hands.settle()
+        if interrupted:
+            worker.permits.let_go()
+            settle_strays(worker)
 
     def _not_lent(self, conn: Any) -> Error:
         return Error(f"{conn!r} is not lent by pool {self.name!r} in this process: returned already, or lent before a fork or by another pool")
@@ -219,11 +230,11 @@ class Pool:
         """
         with self._door():
             self._closed = True
-            worker, self._worker = self._worker, None
+            self._leaving, self._worker = self._worker or self._leaving, None
+        worker = self._leaving
         if worker is not None and worker.guard[0]:
             worker.returns_plainly = never
             worker.closing = True
-            self._leaving = worker
             settle_strays(worker)
             self._leave_if_done(worker)
 
@@ -231,8 +242,12 @@ class Pool:
         """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle."""
         worker = self._enter()
         check_max_size(worker.table, max_size)
-        with worker.permits.entered():
-            worker.permits.resize(max_size)
+        try:
+            with worker.permits.entered():
+                worker.permits.resize(max_size)
+        except BaseException as error:
+            self._unwind(worker, error, None)
+            raise
         worker.look()
 
     def get_stats(self) -> dict[str, Any]:

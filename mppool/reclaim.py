@@ -18,9 +18,9 @@ from mppool.claims import Evidence, Slot
 from mppool.kernel.locks import LockFile
 from mppool.permits import Permits
 from mppool.states import CloseReason, State
-from mppool.table import R_ATTACHED, R_CLAIMED, R_CLOSED, R_PID, R_WAITING, Row, Table, row_is_alive
+from mppool.table import BROKER, R_ATTACHED, R_CLAIMED, R_CLOSED, R_PID, R_WAITING, NoRow, Row, Table, row_is_alive
 
-__all__ = ["PAUSE", "Reclaimer", "free_slot"]
+__all__ = ["PAUSE", "Reclaimer", "free_slot", "take_row"]
 
 PAUSE = 0.002  # seconds between the two looks: far longer than any processor holds a store back
 
@@ -78,23 +78,45 @@ class Reclaimer:
 
     def left_at_home(self, dead: set[int]) -> list[int]:
         """IDLE sessions that never left a process which is dead now. The caller claims before it buries."""
-        table = self.table
-        homes = {table.home_of(row) for row in dead}
-        home, spread, generation = table.array(table.home), table.array(table.spread), table.array(table.generation)
-        return [k for k in table.find_all(State.IDLE) if home[k] in homes and spread[k] != generation[k] + 1]
+        return left_at_home(self.table, dead)
 
     def free_rows(self, dead: set[int]) -> list[int]:
-        """Free the dead rows that no lane and no session needs any more; which ones."""
-        table, words = self.table, self.table.words
-        freed = []
-        for row in sorted(dead):
-            if any(table.lanes_of(row)) or self.left_at_home({row}):
-                continue
-            at = table.row_at(row)
-            words[at + R_WAITING] = words[at + R_ATTACHED] = 0
-            words[at + R_PID] = 0
-            freed.append(row)
-        return freed
+        return free_rows(self.table, dead)
 
     def count(self, reason: CloseReason) -> None:
         self.table.words[self.row.at + R_CLOSED + reason] += 1
+
+
+def left_at_home(table: Table, dead: set[int]) -> list[int]:
+    homes = {table.home_of(row) for row in dead}
+    home, spread, generation = table.array(table.home), table.array(table.spread), table.array(table.generation)
+    return [k for k in table.find_all(State.IDLE) if home[k] in homes and spread[k] != generation[k] + 1]
+
+
+def free_rows(table: Table, dead: set[int]) -> list[int]:
+    """Free the dead rows that no lane and no session needs any more; which ones. By the holder of the broker lock."""
+    freed = []
+    for row in sorted(dead):
+        if table.names_nothing(row) and not left_at_home(table, {row}):
+            at = table.row_at(row)
+            table.words[at + R_WAITING] = table.words[at + R_ATTACHED] = 0
+            table.words[at + R_PID] = 0
+            freed.append(row)
+    return freed
+
+
+def take_row(table: Table, lock: LockFile, pid: int) -> Row:
+    """A row for a process that comes, under the creation lock. Where dead ones have all of them, and nobody is in need, it frees some itself.
+
+    Raises NoRow if none is to be had.
+    """
+    try:
+        return Row(table, lock, pid)
+    except NoRow:
+        if not lock.take(BROKER):
+            raise
+        try:
+            free_rows(table, {row for row in table.taken_rows() if not row_is_alive(lock, row)})
+        finally:
+            lock.give(BROKER)
+        return Row(table, lock, pid)

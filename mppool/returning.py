@@ -48,7 +48,7 @@ def after_return(worker: Worker) -> Story[None]:
     """A session became idle: somebody may be waiting for it, or the pool may have more than it should."""
     if worker.table.halves[H_FLAGS] & SHRINKING:
         yield from shed(worker)
-    if not worker.look() and worker.must_queue():
+    if (worker.owes or not worker.look()) and worker.must_queue():
         line = yield from connect(worker)
         if line is not None:
             worker.lines.append(line)

@@ -14,7 +14,7 @@ from types import FrameType
 from mppool.claims import Lane
 from mppool.worker import Worker
 
-__all__ = ["settle_strays"]
+__all__ = ["let_go", "settle_strays"]
 
 PACKAGE = __name__.partition(".")[0]
 AT_REST = ("mppool.kernel.link", "mppool.drivers")  # threads in these have all they took in their story's hands
@@ -29,6 +29,25 @@ def settle_strays(worker: Worker) -> None:
     for lane, found in strays.items():
         if before.get(lane) == found or threading.active_count() == 1:
             worker.settle(lane)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Whatever an exception's frames from this package on still hold is gone: a connection that was being made, a section of the dial lock."""
+    while error is not None:
+        trace, ours = error.__traceback__, False
+        while trace is not None:
+            ours = ours or is_ours(trace.tb_frame)
+            if ours:
+                try:
+                    trace.tb_frame.clear()
+                except RuntimeError:
+                    pass  # still at work: our caller
+            trace = trace.tb_next
+        error = error.__context__
+
+
+def is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == PACKAGE
 
 
 def unaccounted(worker: Worker) -> list[Lane]:
@@ -48,8 +67,8 @@ def anybody_in_between() -> bool:
 
 def is_in_between(frame: FrameType | None) -> bool:
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] == PACKAGE:
+        module = str(frame.f_globals.get("__name__", ""))
+        if is_ours(frame):
             return not (module.startswith(AT_REST) or (module == "mppool.pool" and frame.f_code.co_name == "do"))
         frame = frame.f_back
     return False
@@ -57,6 +76,6 @@ def is_in_between(frame: FrameType | None) -> bool:
 
 def below_us(frame: FrameType | None) -> FrameType | None:
     """The first frame below the call into this package that we are part of."""
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
+    while frame is not None and is_ours(frame):
         frame = frame.f_back
     return frame

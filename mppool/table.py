@@ -27,7 +27,7 @@ from mppool.kernel.process import boot_word
 from mppool.options import MAX_SLOTS, Options
 from mppool.states import MOVES, CloseReason, State
 
-__all__ = ["Row", "Table", "attach_or_create", "creation_lock", "lock_path"]
+__all__ = ["NoRow", "Row", "Table", "attach_or_create", "creation_lock", "lock_path"]
 
 MAGIC = 0x6D70706F6F6C3A31  # "mppool:1"
 VERSION = 2
@@ -147,6 +147,7 @@ class Table:
         self._rows_at = slot_at + _SLOT_FIELDS * self.slots
         self.lanes = 2 * self.slots
         self._stride = R_LANES + self.lanes
+        self._no_lanes = bytes(8 * self.lanes)
         self.halves = shared.halves
 
     def damaged(self, what: str) -> ProtocolError:
@@ -163,6 +164,11 @@ class Table:
     def lanes_of(self, row: int) -> list[int]:
         at = self.lanes_at(row)
         return self.words[at : at + self.lanes].tolist()
+
+    def names_nothing(self, row: int) -> bool:
+        """Are all lanes of a row zero? (Most are, and there may be a hundred thousand.)"""
+        start = 8 * self.lanes_at(row)
+        return self.mem[start : start + 8 * self.lanes] == self._no_lanes
 
     def array(self, at: int) -> list[int]:
         """A whole field of all slots."""
@@ -396,6 +402,10 @@ def is_in_use(lock: LockFile) -> bool:
     return lock.is_held(BROKER, FIRST_ROW + ROWS - BROKER)
 
 
+class NoRow(Error):
+    """All rows are taken, by living processes or by dead ones that nobody reclaimed."""
+
+
 class Row:
     """A row taken by this process, for as long as ``lock`` stays open."""
 
@@ -409,7 +419,7 @@ class Row:
             if index not in taken and lock.take(FIRST_ROW + index):
                 break
         else:
-            raise Error(f"all {table.rows} rows of pool {table.text('name')!r} are taken: too many processes use it")
+            raise NoRow(f"all {table.rows} rows of pool {table.text('name')!r} are taken: too many processes use it")
         self.lock = lock
         self.index = index
         self.at = table.row_at(index)

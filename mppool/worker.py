@@ -26,7 +26,7 @@ from mppool.kernel.runtime import distrust, pool_id
 from mppool.line import Line
 from mppool.options import Options
 from mppool.permits import Permits
-from mppool.reclaim import Reclaimer, free_slot
+from mppool.reclaim import Reclaimer, free_slot, take_row
 from mppool.snapshot import wait_bucket
 from mppool.states import CloseReason, State
 from mppool.table import (
@@ -41,7 +41,6 @@ from mppool.table import (
     R_PID,
     R_WAITING,
     W_BEAT,
-    Row,
     attach_or_create,
     creation_lock,
     remove_if_unused,
@@ -114,6 +113,7 @@ class Hands:
     def settle(self) -> None:
         """After an interruption: every lane that is still ours, also one whose lease nobody has heard of."""
         self.stop_reclaiming()
+        self.worker.permits.let_go()
         for lane in self.taken:
             if self.holds(lane):
                 self.worker.settle(lane)
@@ -142,7 +142,7 @@ class Worker:
         try:
             with creation_lock(self.ident) as self.lock:
                 self.table, differences = attach_or_create(self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path)
-                self.row = Row(self.table, self.lock, os.getpid())
+                self.row = take_row(self.table, self.lock, os.getpid())
         except BaseException:
             remove_if_unused(self.ident)
             raise
@@ -173,6 +173,7 @@ class Worker:
         self.credit = 0  # see may_overtake
         self.turns = 0
         self.shown_epoch = 0
+        self.owes = False  # a duplicate that we sent did not get through
         self.next_try = 0.0  # when to look for a broker again
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
@@ -279,12 +280,10 @@ class Worker:
             self.sever(entry)
             self.leases.pop(id(entry.lent), None)
         if lane.sure:
-            dialing = self.table.state(k) is State.DIALING
             if self.table.state(k) is not State.FREE:
                 self.table.move(k, State.CLOSING)
             self.unfinished.append(lane)
-            if not dialing:  # else the exception's frames may still hold a connection: the permit goes back when we next come by
-                self.finish()
+            self.finish()
         else:
             claims.disown(self.words, lane, self.slot(k))
             self.limbo.append(lane)

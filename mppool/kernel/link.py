@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+from typing import Any
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel.runtime import distrust
@@ -82,13 +83,18 @@ def receive(sock: socket.socket) -> tuple[bytes, int]:
 
     Raises BlockingIOError if there is none yet, ProtocolError (every descriptor closed) if it was cut or carried more than one.
     """
-    data, ancillary, flags, _ = sock.recvmsg(MAX_MESSAGE, _ROOM, _CLOEXEC)
-    if not ancillary and not flags & _CUT:
-        return data, -1
-    fds = array.array("i")
-    for level, kind, raw in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+    got: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []
+    try:
+        # Received and kept in one step of the interpreter: what a signal handler throws finds every descriptor where it can be closed.
+        got.extend(map(sock.recvmsg, (MAX_MESSAGE,), (_ROOM,), (_CLOEXEC,)))
+        data, ancillary, flags, _ = got[0]
+        if not ancillary and not flags & _CUT:
+            return data, -1
+        fds = descriptors_in(ancillary)
+    except BaseException:
+        for fd in descriptors_in(got[0][1]) if got else ():
+            os.close(fd)
+        raise
     if flags & _CUT or len(fds) != 1:
         for fd in fds:
             os.close(fd)
@@ -96,6 +102,14 @@ def receive(sock: socket.socket) -> tuple[bytes, int]:
             raise ProtocolError("a descriptor was lost on its way: too few file descriptors allowed (RLIMIT_NOFILE)")
         raise ProtocolError(f"a message with {len(fds)} descriptors, or longer than {MAX_MESSAGE} bytes")
     return data, fds[0]
+
+
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, raw in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+    return fds.tolist()
 
 
 def has_ended(sock: _socket.socket) -> bool:

@@ -29,15 +29,27 @@ def _open(path: str, create: bool) -> int:
     """Never waits, not for a pipe either: those are opened for both ends."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags)
+        return _descriptor(path, flags)
     except FileNotFoundError:
         if not create:
             raise
-        return os.open(path, flags | os.O_CREAT, 0o600)
+        return _descriptor(path, flags | os.O_CREAT)
     except PermissionError:
         if not open_to_us(path):
             raise
-        return os.open(path, flags)
+        return _descriptor(path, flags)
+
+
+def _descriptor(path: str, flags: int) -> int:
+    """Opened and kept in one step of the interpreter, so that what a signal handler throws in between loses nothing."""
+    opened: list[int] = []
+    try:
+        opened.extend(map(os.open, (path,), (flags,), (0o600,)))
+    except BaseException:
+        for fd in opened:
+            os.close(fd)
+        raise
+    return opened[0]
 
 
 class LockFile:

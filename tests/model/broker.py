@@ -298,7 +298,7 @@ class Restart(Brokered):
 
     def worker(self, index: int) -> Any:
         worker = super().worker(index)
-        worker.driver, worker.shown_epoch = Driver(), 0
+        worker.driver, worker.shown_epoch, worker.owes = Driver(), 0, False
         return worker
 
     def begin(self, local: Any, ticks: int) -> Any:

@@ -26,6 +26,7 @@ MODULES = (
     "reclaim",
     "returning",
     "states",
+    "stray",
     "table",
     "worker",
 )

@@ -131,7 +131,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         ),
         DIALERS,
     ),
-    (Mutation("an interrupted section keeps the dial lock", (("permits", "    __del__ = leave\n", ""),)), INTERRUPTED_DIAL),
+    (Mutation("an interrupted section keeps the dial lock", (("worker", "        self.worker.permits.let_go()\n", ""),)), INTERRUPTED_DIAL),
     (
         Mutation(
             "a row is freed before its waiters are struck",

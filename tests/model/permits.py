@@ -74,7 +74,8 @@ class Permits(World):
             worker.entries[k] = self.code.worker.Entry(worker.slot(k), 0, 0, k, -1)
             worker.table.move(k, self.code.states.State.IN_USE)
             return "discard", k, rounds
-        except Interrupt:
+        except Interrupt as error:
+            self.code.stray.let_go(error)
             hands.settle()
         return ("tidy",)
 
@@ -84,7 +85,8 @@ class Permits(World):
         hands.take(lane)
         try:
             perform(self.code.returning.discard(hands, lane, entry, self.code.states.CloseReason.discarded), worker.driver)
-        except Interrupt:
+        except Interrupt as error:
+            self.code.stray.let_go(error)
             hands.settle()
             return ("tidy",)
         return ("dial", rounds - 1) if rounds > 1 else None
@@ -99,8 +101,9 @@ class Permits(World):
         try:
             with worker.permits.entered():
                 worker.permits.resize(size)
-        except Interrupt:
-            pass
+        except Interrupt as error:
+            self.code.stray.let_go(error)
+            worker.permits.let_go()
 
     def reclaim(self, worker: Any) -> Any:
         worker.tidy()

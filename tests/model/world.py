@@ -61,6 +61,9 @@ class World(Scenario):
             def text(self, field: str) -> str:
                 return "model"
 
+            def names_nothing(self, row: int) -> bool:
+                return not any(self.lanes_of(row))
+
             def is_session(self, k: int, fd: int) -> bool:
                 return True
 
