@@ -199,6 +199,8 @@ def receive_grant(hands: Hands, lane: Lane, given: Descriptor | None, baggage: b
     entry = worker.attached(k)
     if entry is None:
         entry = (yield from attach(worker, k, given, baggage)) if given is not None else (yield from fetch(worker, k))
+    elif given is not None:
+        given.close()
     if entry is None:
         worker.pass_over(lane)
         return None

@@ -141,17 +141,19 @@ def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[E
 
     Raises Error if it cannot be attached here; the session is what it was.
     """
-    if not worker.table.is_session(k, given.fileno()):
-        log.error("pool %r: the broker gave another socket for slot %d than was dialed there", worker.table.text("name"), k)
-        return None
     conn = None
     try:
+        if not worker.table.is_session(k, given.fileno()):
+            log.error("pool %r: the broker gave another socket for slot %d than was dialed there", worker.table.text("name"), k)
+            return None
         conn = yield Attach(given.fileno(), baggage)
         entry = worker.attach(k, conn)
     except Exception as error:
         if conn is not None:
             worker.driver.abort(conn)
         raise error if isinstance(error, Error) else Error(f"a session cannot be attached in this process: {type(error).__name__}: {error}") from error
+    finally:
+        given.close()
     if worker.words[worker.table.shared_flag + k] != entry.generation + 1:
         yield from share(worker, entry)  # given by an earlier broker; the one there is now must know that we have it
     return entry
@@ -218,7 +220,11 @@ def understand(worker: Worker, lane: Lane, answer: Received) -> Turn:
     if message.kind is Kind.GRANT:
         named_there = named(worker.words[lane.at]) == message.number
         turn = granted(worker, lane)
-        return turn._replace(given=given, baggage=message.body) if named_there else turn
+        if named_there:
+            return turn._replace(given=given, baggage=message.body)
+        if given is not None:
+            given.close()
+        return turn
     if message.kind is Kind.TOO_MANY:
         worker.bump(R_REJECTED)
         raise TooManyWaiting(f"max_waiting={message.number}: so many callers wait already")
@@ -275,6 +281,8 @@ def settle_abandoned(worker: Worker) -> Story[None]:
                 if answer is None:
                     worker.abandoned.append((line, lane))
                     break
+                if answer[1] is not None:
+                    answer[1].close()
                 if answer[0].kind is Kind.STRUCK:
                     worker.lines.append(line)
                     worker.refuse_grant(lane)

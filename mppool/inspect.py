@@ -8,7 +8,7 @@ from typing import Any
 from mppool.errors import Error
 from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
-from mppool.kernel.runtime import pool_id, scope_of
+from mppool.kernel.runtime import check_if_there, pool_id, scope_of
 from mppool.permits import Permits, check_max_size
 from mppool.snapshot import snapshot
 from mppool.table import BROKER, FIRST_ROW, KEEPER, ROWS, W_MAX_SIZE, Table, creation_lock, is_in_use, lock_path, open_table, remove_names
@@ -37,11 +37,14 @@ class Inspected:
 
 
 def find_pool(path: str, name: str) -> Inspected | None:
+    """Raises BrokerUnavailable if the directory of the socket is not to be trusted."""
+    check_if_there(path)
     return inspect(pool_id(path, name))
 
 
 def open_pools(path: str) -> tuple[list[Inspected], list[str]]:
-    """The pools of one broker's socket; and what is wrong with those that cannot be read."""
+    """The pools of one broker's socket; and what is wrong with those that cannot be read. Raises as ``find_pool``."""
+    check_if_there(path)
     pools, faults = [], []
     for ident in idents(f"mppool-{scope_of(path)}-"):
         try:

@@ -20,9 +20,9 @@ from mppool import claims
 from mppool.attached import Entry
 from mppool.claims import Lane, Slot, named
 from mppool.drivers.base import Driver
-from mppool.errors import BrokerUnavailable, Error
+from mppool.errors import Error
 from mppool.kernel.process import ForkGuard, check_descriptors
-from mppool.kernel.runtime import distrust, pool_id
+from mppool.kernel.runtime import check_if_there, pool_id
 from mppool.line import Line
 from mppool.options import Options
 from mppool.permits import Permits
@@ -130,9 +130,7 @@ class Worker:
 
     def __init__(self, name: str, target: str, driver: Driver, options: Options, path: str) -> None:
         """Attach to the pool, made if it is not there, and take a row. Raises ConfigMismatch, Error; leaves nothing behind if it does."""
-        directory = os.path.dirname(path)
-        if os.path.lexists(directory) and (why := distrust(path)):
-            raise BrokerUnavailable(f"broker={path!r}: {why}")
+        check_if_there(path)
         check_descriptors(2 * options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
         self.guard = ForkGuard().page
         self.driver = driver

@@ -334,7 +334,6 @@ def test_too_many_descriptors_in_flight_at_a_grant(home: Home, server: Judge) ->
 
 
 @as_root
-@pytest.mark.xfail(strict=True, reason="S9: a SHARE that failed is not repeated while the broker lives")
 def test_too_many_descriptors_in_flight_at_a_share(home: Home, server: Judge) -> None:
     """A new session that could not be shared stays with its dialer, and is shared when there is room again: others get it then."""
 

@@ -415,7 +415,6 @@ def test_a_worker_does_not_talk_in_a_hostile_directory(home: Home, server: Judge
 
 @as_root
 @hostile
-@pytest.mark.xfail(strict=True, reason="S6: a worker without a broker, and the command line, do not look at the directory")
 def test_nobody_names_a_pool_by_a_hostile_directory(home: Home, server: Judge, trouble: Callable[[Home], str]) -> None:
     """What a stranger's link says at the moment must not decide which pool is meant: worker and command line refuse also where no broker is."""
 
@@ -836,7 +835,6 @@ def say_nonsense(path: str) -> None:
                 assert SECRET.encode() not in answer
 
 
-@pytest.mark.xfail(strict=True, reason="S7: they do")
 def test_a_message_does_not_show_its_baggage() -> None:
     """What a traceback with locals, or a log of requests, would print of a message or a request is not the baggage."""
     assert SECRET not in repr(Message(Kind.SHARE, 1, 2, 0, SECRET.encode()))

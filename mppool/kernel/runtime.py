@@ -6,9 +6,9 @@ import hashlib
 import os
 import stat
 
-from mppool.errors import Error, OptionError
+from mppool.errors import BrokerUnavailable, Error, OptionError
 
-__all__ = ["check_directory", "distrust", "pool_id", "scope_of", "socket_path"]
+__all__ = ["check_directory", "check_if_there", "distrust", "pool_id", "scope_of", "socket_path"]
 
 MAX_PATH = 107  # bytes of a socket's
 
@@ -89,6 +89,12 @@ def _above(directory: str) -> list[str]:
             found.append(at)
             at = os.path.dirname(at)
     return [*found, "/"]
+
+
+def check_if_there(path: str) -> None:
+    """Raise BrokerUnavailable if there is a directory for this socket, and it cannot be trusted: whoever owns it says what its links mean."""
+    if os.path.lexists(os.path.dirname(path)) and (why := distrust(path)):
+        raise BrokerUnavailable(f"broker={path!r}: {why}")
 
 
 def scope_of(path: str) -> str:

@@ -6,25 +6,8 @@ import pytest
 
 from tests.matrix.scene import rows, run
 
-DUPLICATES = "a child keeps the user's duplicates of a lent session open"
-NATIVE = "the lock around a pool's first use is a native one where monkey-patching came later: the thread waits for itself"
-KNOWN = {
-    "multiprocessing child outlives its worker, debug and makefile, alone": DUPLICATES,
-    "gevent, patched late, first use held up": NATIVE,
-}
-SOMETIMES = {"gunicorn gevent, preload": NATIVE}
 
-
-def cases() -> list[object]:
-    return [pytest.param(name, marks=marks(name), id=name) for name in rows()]
-
-
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    reason = KNOWN.get(name) or SOMETIMES.get(name)
-    return [pytest.mark.xfail(strict=name in KNOWN, reason=reason)] if reason else []
-
-
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", rows())
 def test_row(name: str) -> None:
     """Nothing crossed, failed or foreign, the peak within the cap, the whole cap to be had at the end, nothing left over."""
     result = run(rows()[name], seconds=0.1)
