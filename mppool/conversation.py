@@ -17,7 +17,7 @@ from mppool.claims import Lane, named
 from mppool.errors import BrokerUnavailable, Error, TooManyWaiting
 from mppool.line import Descriptor, Line, LineLost, Received
 from mppool.story import Attach, Receive, Story
-from mppool.table import R_FETCHES, R_REJECTED, W_BEAT
+from mppool.table import R_FETCHES, R_REJECTED, W_BEAT, W_EPOCH
 from mppool.wire import FRONT, RESIDENT, Kind, Message
 from mppool.worker import Hands, Worker
 
@@ -47,8 +47,9 @@ def connect(worker: Worker) -> Story[Line | None]:
         except LineLost:
             continue
     now = time.monotonic()
-    if now < worker.next_try:
+    if now < worker.next_try and worker.words[W_EPOCH] == worker.tried_epoch:
         return None
+    worker.tried_epoch = worker.words[W_EPOCH]
     line = None
     try:
         line = Line(worker.path)
@@ -99,15 +100,17 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
 
 def share(worker: Worker, entry: Entry) -> Story[None]:
     """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes."""
-    line = yield from connect(worker)
-    if line is None:
+    while True:
+        line = yield from connect(worker)
+        if line is None:
+            return
+        try:
+            send_duplicate(worker, line, entry)
+        except LineLost:
+            worker.owes = True  # an old broker's line, or a full one; a new line begins with what is owed
+            continue
+        worker.lines.append(line)
         return
-    try:
-        send_duplicate(worker, line, entry)
-    except LineLost:
-        worker.owes = True
-        return
-    worker.lines.append(line)
 
 
 def fetch(worker: Worker, k: int) -> Story[Entry | None]:

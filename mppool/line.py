@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from io import FileIO
 
 from mppool.errors import BrokerUnavailable, ProtocolError
@@ -49,6 +51,9 @@ class Line:
         try:
             data, fd = link.receive(self.sock)
             if fd >= 0:
+                if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    os.close(fd)
+                    raise ProtocolError("a descriptor that is no socket")
                 given = Descriptor(fd, "rb+")
             if not data:
                 raise LineLost

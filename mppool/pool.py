@@ -177,7 +177,8 @@ class Pool:
                 self._leave_if_done(worker)
                 raise
         if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
-            perform(worker, after_return(worker))
+            with understood(worker):
+                perform(worker, after_return(worker))
         if worker is self._leaving:
             self._leave_if_done(worker)
 

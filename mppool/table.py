@@ -135,8 +135,7 @@ class Table:
         self.rows = words[W_ROWS]
         if words[W_BOOT] != boot_word() or not 8 <= self.slots <= MAX_SLOTS or self.rows != ROWS or len(words) * 8 < _size(self.slots):
             raise ProtocolError(f"pool table {ident} is damaged or from before a reboot; end its workers, then mppool gc")
-        if not 1 <= words[W_MAX_SIZE] <= self.slots or max(words[W_MIN_SIZE : W_CLOSE_TIMEOUT + 1].tolist()) > _LARGEST:
-            raise self.damaged("an option is out of its bounds")
+        self.check_header()
         if words[W_LOCK_INODE] != lock_inode:
             raise ProtocolError(f"pool table {ident} has lost its lock file (somebody removed it from {memory.SHM}); end its workers, then mppool gc")
         self.states_byte = _states_byte()
@@ -149,6 +148,13 @@ class Table:
         self._stride = R_LANES + self.lanes
         self._no_lanes = bytes(8 * self.lanes)
         self.halves = shared.halves
+
+    def check_header(self) -> None:
+        """Raise ProtocolError if a word of the header cannot be what it was made as."""
+        words = self.words
+        sizes = 1 <= words[W_MAX_SIZE] <= self.slots and words[W_MIN_SIZE] <= self.slots and 1 <= words[W_MAX_DIALING] <= MAX_SLOTS
+        if not sizes or max(words[W_MAX_WAITING : W_CLOSE_TIMEOUT + 1].tolist()) > _LARGEST or words[W_INCARNATION] >= 2**32:
+            raise self.damaged("an option is out of its bounds")
 
     def damaged(self, what: str) -> ProtocolError:
         return ProtocolError(f"pool table {self.ident} is damaged ({what}); end its workers, then mppool gc")

@@ -166,13 +166,13 @@ class Worker:
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
         self.stories: weakref.WeakSet[Hands] = weakref.WeakSet()
-        self.strays: dict[Lane, tuple[int, int]] = {}  # see stray.py
         self.waiting: set[Hands] = set()
         self.credit = 0  # see may_overtake
         self.turns = 0
         self.shown_epoch = 0
         self.owes = False  # a duplicate that we sent did not get through
-        self.next_try = 0.0  # when to look for a broker again
+        self.next_try = 0.0  # when to look for a broker again, unless another has come since
+        self.tried_epoch = 0
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in

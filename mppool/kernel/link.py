@@ -131,4 +131,4 @@ def wait_readable(fd: int, seconds: float) -> bool:
     """Wait for bytes, the end or an error. Signal handlers run meanwhile, and what they raise goes through."""
     poller = select.poll()
     poller.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
-    return bool(poller.poll(max(0.0, seconds) * 1000))
+    return bool(poller.poll(min(max(0.0, seconds), 1e6) * 1000))
