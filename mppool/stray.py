@@ -16,7 +16,7 @@ from mppool.worker import Worker
 __all__ = ["let_go", "settle_strays"]
 
 PACKAGE = __name__.partition(".")[0]
-AT_REST = ("mppool.kernel.link", "mppool.drivers")  # who was interrupted in these has all it took in its story's hands
+OUTSIDE = ("mppool.kernel.link", "mppool.drivers")  # called from anywhere
 
 
 def settle_strays(worker: Worker) -> None:
@@ -45,14 +45,10 @@ def is_alone() -> bool:
     below: FrameType | None = frame
     while below is not None and is_ours(below):
         below = below.f_back
-    while below is not None and not is_ours(below):
+    while below is not None and (not is_ours(below) or str(below.f_globals["__name__"]).startswith(OUTSIDE)):
         below = below.f_back
-    return below is None or rests(below)
-
-
-def rests(frame: FrameType) -> bool:
-    module = str(frame.f_globals.get("__name__", ""))
-    return module.startswith(AT_REST) or (module == "mppool.pool" and frame.f_code.co_name == "do")
+    # A story that waits for the outside world has all that it took in its hands.
+    return below is None or (below.f_globals["__name__"] == "mppool.pool" and below.f_code.co_name in ("do", "receive", "ended"))
 
 
 def is_ours(frame: FrameType) -> bool:
