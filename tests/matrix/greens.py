@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
 
 from mppool.kernel.runtime import pool_id
 from mppool.table import creation_lock
-from tests.helpers.processes import fork
+from tests.helpers.processes import eventually, fork
 from tests.matrix.forks import busy
 from tests.matrix.scene import Scene, row
 from tests.matrix.webs import missing
-from tests.matrix.work import NAME, from_environment, use
+from tests.matrix.work import NAME, Tally, from_environment, use
 
 GREENLETS = 6
 
@@ -32,16 +33,16 @@ def in_interpreters(scene: Scene, count: int, *arguments: object) -> None:
     assert codes == [0] * count, f"exit codes {codes}"
 
 
-def green(early: bool, held: float = 0.0) -> None:
+def green(early: bool) -> None:
     """What one interpreter does. ``early``: patched before mppool is imported and the pool is made, as gevent wants it; else after."""
-    patched: Any = None
-    if early:
-        patched = patch()
+    gevent: Any = patch() if early else None
     pool, tally = from_environment()
-    gevent = patched or patch()
+    gevent = gevent or patch()
     stalls: list[float] = []
-    ticker = gevent.spawn(tick, stalls)
-    gevent.joinall([gevent.spawn(use, pool, tally, f"green{n}", 6, 3) for n in range(GREENLETS)], raise_error=True)
+    tally.add("begins")
+    users = [gevent.spawn(use, pool, tally, f"green{n}", 6, 3) for n in range(GREENLETS)]
+    ticker = gevent.spawn(tick, tally, stalls)
+    gevent.joinall(users, raise_error=True)
     ticker.kill()
     pool.close()
     tally.add("note", f"longest stall {max(stalls) * 1000:.0f} ms")
@@ -55,8 +56,10 @@ def patch() -> Any:
     return gevent
 
 
-def tick(stalls: list[float]) -> None:
-    """How late a greenlet wakes that only sleeps."""
+def tick(tally: Tally, stalls: list[float]) -> None:
+    """How late a greenlet wakes that only sleeps. It comes after the others; its first word says that none of them keeps the thread."""
+    time.sleep(0.005)
+    tally.add("ticks")
     while True:
         before = time.monotonic()
         time.sleep(0.005)
@@ -86,11 +89,13 @@ def opening(scene: Scene) -> None:
     code = "from tests.matrix.greens import green; green(False)"
     with creation_lock(pool_id(scene.path, NAME)) as lock:
         process = scene.start(sys.executable, "-c", code)
-        time.sleep(1.0)
+        eventually(lambda: scene.tally.lines("begins"), 20, what="its greenlets begin")
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: scene.tally.lines("ticks"), 3)
     lock.close()
     try:
-        code_ = process.wait(15)
+        ended = process.wait(15)
     finally:
         process.kill()
         process.wait()
-    assert code_ == 0, f"exit code {code_}"
+    assert ended == 0, f"exit code {ended}"

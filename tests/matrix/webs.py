@@ -207,11 +207,10 @@ def gevent_preload(scene: Scene) -> None:
 
 def uwsgi(scene: Scene, *options: str, **environment: str) -> None:
     """No hook of Python's runs when it forks."""
-    threads = ("--enable-threads", "--threads", "2")
-    command = (sys.executable, "-c", "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])", "--http-socket", "BIND", "--master", "--processes", str(WORKERS))
-    quiet = ("--disable-logging", "--die-on-term", "--need-app", "--no-orphans", "--reload-mercy", "5", "--worker-reload-mercy", "5")
-    command = (*command, *quiet, "--module", "tests.matrix.webapp:app")
-    site = Site(scene, *command, *threads, *options, **environment)
+    command = [sys.executable, "-c", "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])", "--http-socket", "BIND", "--module", "tests.matrix.webapp:app"]
+    command += ["--master", "--processes", str(WORKERS), "--enable-threads", "--threads", "2", "--need-app", "--disable-logging"]
+    command += ["--die-on-term", "--no-orphans", "--reload-mercy", "5", "--worker-reload-mercy", "5"]
+    site = Site(scene, *command, *options, **environment)
     through_everything(scene, site, lambda: site.process.send_signal(signal.SIGHUP))
 
 
