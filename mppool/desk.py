@@ -298,13 +298,17 @@ class Desk:
         while k >= 0:
             duplicate = self.current(k)
             deliverable = duplicate is not None and duplicate.kept and not duplicate.resident
-            if deliverable or words[table.home + k] == link.home:
+            if deliverable or words[table.home + k] == link.home or self.has(link, k):
                 lane = self.claim(k)
                 if lane is not None:
                     self.grant(link, k, lane, duplicate)
                     return True
             k = table.find(State.IDLE, k + 1)
         return False
+
+    def has(self, link: WorkerLink, k: int) -> bool:
+        """Has this worker attached the session in slot k? (It needs no duplicate of ours then, and does not wait for the keeper to have one.)"""
+        return k in self.known.get(link.home, ()) and self.known[link.home][k] == self.words[self.table.generation + k]
 
     def claim(self, k: int) -> Lane | None:
         """Claim an idle session for ourselves; it is IN_USE then."""
