@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import mppool
-from mppool.drivers.raw import RawDriver
+from mppool.drivers.raw import FOREVER, RawDriver
 from mppool.options import parse_target
 from mppool.stray import settle_strays
 from mppool.worker import Hands, Ready
@@ -414,5 +414,62 @@ def test_a_lane_on_its_way_is_no_stray(server: Judge, socket_path: str) -> None:
         assert len(places) == worker.table.lanes
     finally:
         turns.put("end")
+        thread.join()
+        pool.close()
+
+
+class SlowSocket(socket.socket):
+    """Sets its timeout only when it may."""
+
+    def settimeout(self, value: float | None) -> None:
+        if value == FOREVER and self.gettimeout() == 5.0:
+            returning.set()
+            go_on.wait(10)
+        super().settimeout(value)
+
+
+returning, go_on = threading.Event(), threading.Event()
+
+
+class SlowReturn(RawDriver):
+    def dial(self) -> socket.socket:
+        sock = super().dial()
+        slow = SlowSocket(fileno=sock.detach())
+        slow.settimeout(FOREVER)
+        return slow
+
+
+@pytest.mark.xfail(strict=True, reason="a thread that returns a session counts as at rest while the driver looks at it")
+def test_a_lease_on_its_way_back_is_no_stray(server: Judge, socket_path: str) -> None:
+    """While one thread returns a session others look for stray lanes: it is returned, still alive, and every lane is in one place only."""
+    returning.clear()
+    go_on.clear()
+    pool = mppool.Pool(driver=SlowReturn(parse_target(server.address)), max_size=1, name="stray", broker=socket_path)
+    failed: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            with pool.connection() as sock:
+                sock.settimeout(5.0)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        assert returning.wait(10)
+        worker = pool._worker
+        assert worker is not None
+        settle_strays(worker)
+        settle_strays(worker)
+        go_on.set()
+        thread.join()
+        assert failed == []
+        places = [*worker.lanes, *(lane for _, lane in [*worker.idle, *worker.leases.values()])]
+        assert len(places) == len(set(places)) == worker.table.lanes
+        with pool.connection() as sock:
+            assert ask(sock, "alive") == 1
+    finally:
+        go_on.set()
         thread.join()
         pool.close()
