@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -205,8 +206,9 @@ def kill_keeper(path: str) -> None:
         pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         os.kill(pid, signal.SIGKILL)
         sock.settimeout(5)
-        while sock.recv(1):
-            pass  # until it is dead
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(1):
+                pass  # until it is dead
 
 
 BROKER_OPERATIONS: list[BrokerOperation] = [

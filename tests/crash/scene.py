@@ -117,20 +117,14 @@ class Scene:
         self.judge.forget_peak()
 
     def come_by(self, other: Peer) -> None:
-        """After a broker's death: each worker uses the pool once while the other waits, and so shows the next broker what only it has."""
-        other.do("give_back")
-        self.survivor.do("give_back")
-        self.use_while_waiting(other, self.survivor)
-        self.use_while_waiting(self.survivor, other)
-
-    def use_while_waiting(self, one: Peer, other: Peer) -> None:
-        one.send("hold", CAP)
-        self.wait_for(one)
-        other.send("use")
-        one.answer()
-        self.wait_for(other)
-        one.do("give_back")
-        other.answer()
+        """After a broker's death: each worker uses the pool while the other waits, and so shows the next broker what only it has."""
+        for waits, uses in ((other, self.survivor), (self.survivor, other)):
+            waits.do("give_back")
+            uses.do("give_back")
+            waits.send("hold", CAP)
+            while not waits.has_spoken():
+                uses.do("use")
+            waits.answer()
 
     def wait_for(self, peer: Peer) -> None:
         """Until it waits for a session, or has what it wants."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.crash.brokers import BrokerOperation
 from tests.crash.operations import Operation
@@ -15,13 +15,12 @@ from tests.helpers.processes import eventually
 
 __all__ = ["BrokerSeries", "Series", "WorkerSeries"]
 
-POINTS = 18  # of a series, about, unless it is told to take every k-th line
 FAILURES = (AssertionError, EOFError, TimeoutError, OSError, Lost)
 
 
 @dataclass
 class Series:
-    """Strikes at every ``every``-th line from a random one on. 0: so that there are about POINTS."""
+    """Strikes at every ``every``-th line from a random one on. 0: so that there are about ``few``."""
 
     operation: Any
     scene: Scene  # another one after each loss
@@ -32,6 +31,7 @@ class Series:
     points: int = 0
     lines: int = 0
     losses: list[str] = field(default_factory=list)
+    few: ClassVar[int] = 18
 
     @property
     def name(self) -> str:
@@ -43,11 +43,16 @@ class Series:
         except FAILURES as error:
             self.lose("without a strike", error)
             return
-        every = self.every or max(1, self.lines // POINTS)
+        every = self.every or max(1, self.lines // self.few)
         at = self.random.randint(1, every)
-        while self.strike(at):
-            at += every
+        struck = self.strike(at)
+        while not struck and at > 1:
+            at //= 2  # it had more lines the first time
+            struck = self.strike(at)
+        while struck:
             self.points += 1
+            at += every
+            struck = self.strike(at)
         self.finish()
 
     def begin(self) -> None:
@@ -154,6 +159,7 @@ class BrokerSeries(Series):
 
     operation: BrokerOperation
     other: Peer | None = None
+    few: ClassVar[int] = 6  # each takes some tenths of a second: workers look for the next broker with pauses
 
     def point(self, at: int) -> None:
         operation, scene = self.operation, self.scene
