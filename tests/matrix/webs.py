@@ -157,7 +157,8 @@ def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -
         site.all_new(before)
         load.goes_on()
         kill_under_a_lease(scene, site)
-        os.kill(min(site.workers()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just retired
+            os.kill(eventually(site.workers, 20, what="a worker").pop(), signal.SIGKILL)
         load.goes_on()
         load.settles()
     scene.notes.append(f"{sum(load.done)} replies, {len(load.broken)} broken")
