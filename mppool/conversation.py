@@ -189,8 +189,8 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
             answer = yield Receive(line, min(until, time.monotonic() + ANSWER))
             if answer is not None:
                 asked = False
+                turn = understand(worker, line, lane, answer)
                 worker.lines.append(line)
-                turn = understand(worker, lane, answer)
                 break
             worker.tidy()
             if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
@@ -217,8 +217,8 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
     return turn
 
 
-def understand(worker: Worker, lane: Lane, answer: Received) -> Turn:
-    """The broker's answer to a WAIT."""
+def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn:
+    """The broker's answer to a WAIT. Raises TooManyWaiting; LineLost if it is none."""
     message, given = answer
     if message.kind is Kind.GRANT:
         named_there = named(worker.words[lane.at]) == message.number
@@ -229,9 +229,16 @@ def understand(worker: Worker, lane: Lane, answer: Received) -> Turn:
             given.close()
         return turn
     if message.kind is Kind.TOO_MANY:
+        if line.cancelled:
+            line.close()
+        else:
+            worker.lines.append(line)
         worker.bump(R_REJECTED)
         raise TooManyWaiting(f"max_waiting={message.number}: so many callers wait already")
-    return Turn(dial=message.kind is Kind.DIAL)
+    if message.kind is not Kind.DIAL:
+        line.close()
+        raise LineLost
+    return Turn(dial=True)
 
 
 def granted(worker: Worker, lane: Lane) -> Turn:
@@ -245,7 +252,7 @@ def granted(worker: Worker, lane: Lane) -> Turn:
 
 def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
     """Stop waiting: ask the broker to strike us. Its answer: an empty Turn, or what it had granted meanwhile; None: it is silent."""
-    line.send(Message(Kind.CANCEL))
+    line.cancel()
     until = time.monotonic() + ANSWER / 4
     turn = Turn()
     while time.monotonic() < until:
@@ -253,8 +260,9 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             break
         if answer[0].kind is Kind.STRUCK:
+            line.cancelled = False
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
-        turn = understand(worker, lane, answer)
+        turn = understand(worker, line, lane, answer)
     if turn.lane is None and not turn.dial:
         return None
     line.close()  # it may yet say STRUCK
@@ -265,7 +273,7 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
     """An exception ended our waiting. Ask to be struck; the answer is read when this process next comes by."""
     worker.abandoned.append((line, lane))
     try:
-        line.send(Message(Kind.CANCEL))
+        line.cancel()
     except LineLost:
         pass
 
@@ -287,6 +295,7 @@ def settle_abandoned(worker: Worker) -> Story[None]:
                 if answer[1] is not None:
                     answer[1].close()
                 if answer[0].kind is Kind.STRUCK:
+                    line.cancelled = False
                     worker.lines.append(line)
                     worker.refuse_grant(lane)
                     break

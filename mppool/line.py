@@ -9,7 +9,7 @@ from io import FileIO
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel import link
-from mppool.wire import Message, OtherVersion, decode, encode
+from mppool.wire import Kind, Message, OtherVersion, decode, encode
 
 __all__ = ["Descriptor", "Line", "LineLost"]
 
@@ -31,11 +31,18 @@ Received = tuple[Message, Descriptor | None]
 class Line:
     """One link to the broker, used for one conversation at a time. Owns its socket."""
 
-    __slots__ = ("epoch", "sock")
+    __slots__ = ("cancelled", "epoch", "sock")
 
     def __init__(self, path: str) -> None:
         self.sock = link.connect(path)
         self.epoch = 0
+        self.cancelled = False  # CANCEL was said, and STRUCK is still to come
+
+    def cancel(self) -> None:
+        """Ask to be struck, once: a second STRUCK would be taken for the answer to the next WAIT. Raises LineLost."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.send(Message(Kind.CANCEL))
 
     def send(self, message: Message, fd: int = -1) -> None:
         """Raises LineLost if the broker is gone or so far behind that its queue is full."""
