@@ -112,7 +112,7 @@ class Load:
     def settles(self) -> None:
         """Until each worker has replied, if that is soon: a worker that is just beginning loses a signal to end, and is waited for in vain."""
         with contextlib.suppress(AssertionError):
-            eventually(lambda: len(self.site.workers()) == WORKERS and self.site.workers() <= self.pids, 8)
+            eventually(lambda: len(self.site.workers()) == WORKERS and self.site.workers() <= self.pids, 4)
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -168,8 +168,8 @@ def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -
 
 def gunicorn(scene: Scene, *options: str, **environment: str) -> None:
     command = (sys.executable, "-m", "gunicorn", "-c", "python:tests.matrix.gunicorn_conf", *options, "tests.matrix.webapp:app")
-    # Workers of gevent take a second to retire; many replies are made meanwhile.
-    site = Site(scene, *command, MAX_REQUESTS="200" if "gevent" in options else "60", **environment)
+    # Workers with threads or greenlets are quick to reach a limit, and slow to retire.
+    site = Site(scene, *command, MAX_REQUESTS="150" if options[:1] == ("-k",) else "60", **environment)
     through_everything(scene, site, lambda: site.process.send_signal(signal.SIGHUP))
 
 
