@@ -157,7 +157,7 @@ class Run:
                     for child in children:
                         found = child.result(60)
                         self.figures.liars += 1
-                        self.figures.fds_leaked += found["left"]
+                        self.figures.fds_leaked += len(found["left"])
                         self.figures.wrongly_believed += trap.counts()["requests"]
                         for wrong in found["wrong"]:
                             self.figures.faults += 1

@@ -69,7 +69,8 @@ class LoggedBroker(BrokerProcess):
     def said(self) -> str:
         assert self.log is not None
         self.log.seek(0)
-        return self.log.read()[-3000:].decode(errors="replace")
+        lines = self.log.read().decode(errors="replace").splitlines()
+        return "\n".join(line for line in lines if " cut: " not in line)[-3000:]
 
 
 class Places:
@@ -299,7 +300,7 @@ class Rig:
         if self.deaths():
             raise Violation(f"the broker has died, exit code {self.broker.process.returncode}: {self.broker.said()}")
         if self.failures:
-            raise Violation("a bystander failed:\n" + "\n".join(self.complaints()))
+            raise Violation("a bystander failed:\n" + "\n".join([*self.complaints(), self.broker.said()]))
         for server in self.servers:
             peak = server.counts()["peak"]
             if peak > CAP:
