@@ -35,6 +35,7 @@ __all__ = ["AlreadyRunning", "Broker", "serve"]
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
+LEAVE_WITHIN = 3.0  # seconds; the one that asked waits for five
 SHUN = 5.0  # seconds before a pool that was given up is tried again
 STATUS = 1.0  # seconds between two looks at what systemd shows
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -71,6 +72,7 @@ class Broker:
         self.place = place or take_place(path)
         self.service = service
         self.successor: socket.socket | None = None  # the link of the broker we make room for
+        self.leave_by = 0.0
         try:
             self.start(listener)
         except BaseException:
@@ -130,6 +132,8 @@ class Broker:
                 self.guarded(desk, desk.attend)
             if time.monotonic() >= self.next_tick:
                 self.tick()
+            if self.successor is not None:
+                self.leave_when_ready(self.successor)
         self.end()
 
     def guarded(self, desk: Desk, action: Callable[[], T]) -> T | None:
@@ -272,9 +276,17 @@ class Broker:
             self.unwatch(link.sock.fileno())
             self.newcomers.discard(link)
             self.successor = link.sock
-            self.stopping = True
+            self.leave_by = time.monotonic() + LEAVE_WITHIN
         else:
             self.cut(link)
+
+    def leave_when_ready(self, successor: socket.socket) -> None:
+        """Everybody is served until the keeper, which may be starting just now, has all that the next broker is to have."""
+        if not is_asking(successor):
+            successor.close()
+            self.successor = None
+        elif not self.bond.lacks() or time.monotonic() >= self.leave_by:
+            self.stopping = True
 
     def cut(self, link: WorkerLink) -> None:
         """Close a link. What it brought before its end is taken first: a descriptor on its way may be a session's last."""

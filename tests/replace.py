@@ -269,8 +269,8 @@ class Rig:
     def judge(self, number: int, died: bool) -> None:
         """Are all sessions there? Those that only the keeper had, too, unless it was killed in the middle: then who sleeps has to come by."""
         if died:
-            with self.quiet.connection(timeout=20) as sock:
-                ask(sock, "by")
+            with self.quiet.connection(timeout=20) as one, self.quiet.connection(timeout=20) as other:
+                ask(one, "by"), ask(other, "by")
             self.quiet.close()
             self.quiet = self.open_quiet()
         for pool, before in ((self.quiet, self.quiet_numbers), (self.left, self.left_numbers)):
