@@ -434,8 +434,8 @@ class Desk:
         """We have no duplicate of this session: may a live process have one? Not if it never left its dead home, nor when all have shown what they have."""
         if self.words[self.table.spread + k] != self.words[self.table.generation + k] + 1:
             return False
-        alive = (row for row in self.table.taken_rows() if row not in self.dead and row != self.row.index)
-        return not all(self.table.home_of(row) in self.shown for row in alive)
+        older = (home for home in map(self.table.home_of, set(self.table.taken_rows()) - self.dead) if home & 0xFFFFFFFF < self.row.incarnation)
+        return not self.shown.issuperset(older)  # who came after us can have it through us only
 
     def bury_and_free(self) -> None:
         """Idle sessions that nobody alive can have; then the rows that nothing needs any more."""

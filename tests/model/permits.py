@@ -129,6 +129,9 @@ class Permits(World):
         for k in range(self.slots):
             if after[self.places[f"connection {k}"]] and not permits[k]:
                 raise Violation(f"connection {k} has no permit")
+        undisturbed = not self.deaths and not self.interrupts and not after[self.places[f"byte {self.code.table.DIAL}"]]
+        if undisturbed and after[self.places["cap"]] != max(0, after[self.places["max_size 0"]] - sum(permits)):
+            raise Violation(f"{after[self.places['cap']]} units beside {sum(permits)} permits, and the lock is free")
         if step.kind == "write" and step.value and step.place.startswith("permit") and sum(permits) > after[self.places["max_size 0"]]:
             raise Violation(f"{sum(permits)} permits")
 
