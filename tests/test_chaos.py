@@ -41,7 +41,6 @@ def test_a_host_full_of_trouble_loses_nothing(options: list[str]) -> None:
     assert figures["kills"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="without a broker, who is dead is decided before it is one's turn to reclaim")
 def test_a_row_that_was_taken_again_is_not_taken_for_dead(server: Judge, socket_path: str) -> None:
     """A worker in need that saw a dead row, and whose turn to reclaim comes when a living process has that row, leaves that one alone."""
 
@@ -185,7 +184,6 @@ def test_close_while_a_thread_waits(server: Judge, socket_path: str) -> None:
         one.result()
 
 
-@pytest.mark.xfail(strict=True, reason="create_connection asks getaddrinfo, whatever the address")
 def test_a_literal_address_is_not_looked_up(server: Judge, socket_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dial to an address in digits asks no resolver: in a fork child its locks may be held for ever by a thread that is not there."""
 
@@ -286,7 +284,6 @@ class SlowAttach(RawDriver):
         return super().attach(fd, baggage)
 
 
-@pytest.mark.xfail(strict=True, reason="what is attached after SHOWN was said is never shown to the new broker")
 def test_a_session_attached_across_a_change_of_brokers_is_shown(server: Judge, socket_path: str) -> None:
     """Received from the old broker, attached after another thread showed everything to the new one: it counts as long as it is open."""
 
@@ -372,9 +369,8 @@ class Watched(deque[Ready]):
             self.then()
 
 
-@pytest.mark.xfail(strict=True, reason="a lane that changes places while strays are looked for is taken for one")
 def test_a_lane_on_its_way_is_no_stray(server: Judge, socket_path: str) -> None:
-    """While one thread looks for stray lanes another returns a session, at the worst moment, twice: every lane is in one place only."""
+    """While one thread looks for stray lanes another returns a session, at the worst moment if there is one, thrice: every lane is in one place only."""
     pool = mppool.Pool(server.address, max_size=1, name="stray", broker=socket_path)
     turns: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -406,7 +402,8 @@ def test_a_lane_on_its_way_is_no_stray(server: Judge, socket_path: str) -> None:
         for _ in range(3):
             idle.then = return_it
             settle_strays(worker)
-            idle.then = None
+            if idle.then is not None:
+                return_it()  # it did not look where others move
             turns.put("lend")
             assert done.get(timeout=10) == "lent"
         places = [*worker.lanes, *(lane for _, lane in [*worker.idle, *worker.leases.values()])]
@@ -414,7 +411,7 @@ def test_a_lane_on_its_way_is_no_stray(server: Judge, socket_path: str) -> None:
         assert len(places) == worker.table.lanes
     finally:
         turns.put("end")
-        thread.join()
+        thread.join(10)
         pool.close()
 
 
@@ -439,7 +436,6 @@ class SlowReturn(RawDriver):
         return slow
 
 
-@pytest.mark.xfail(strict=True, reason="a thread that returns a session counts as at rest while the driver looks at it")
 def test_a_lease_on_its_way_back_is_no_stray(server: Judge, socket_path: str) -> None:
     """While one thread returns a session others look for stray lanes: it is returned, still alive, and every lane is in one place only."""
     returning.clear()

@@ -29,6 +29,7 @@ from tests.chaos.relay import SHRINKS
 __all__ = ["Setting", "bystander", "worker"]
 
 PATIENCE = 30.0  # seconds for a reply, and for a session where there is a broker; without one nobody has a right to any
+CHILD_PATIENCE = 2.0  # a fork child may itself keep what its dead parent held: the row lives as long as it has a connection that was being dialed
 DISCARDS, DISCARDS_ALONE = 0.02, 0.25  # of all leases; without a broker a session would stay with its dialer otherwise, and the others starve
 WHOLE = 20.0  # seconds within which the whole cap can be had, once all is quiet
 
@@ -140,13 +141,13 @@ class Worker:
             board[busy] = 0
             time.sleep(0.02 if pace == SLOW else dice.choice((0.0, 0.0005, 0.003)))
 
-    def ask(self, lease: str, dice: random.Random) -> None:
-        """One lease of some turns. Tells if it failed, or got what was not its own."""
+    def ask(self, lease: str, dice: random.Random, timeout: float | None = None) -> None:
+        """One lease of some turns. Tells if it failed, or got what was not its own. Who gives a ``timeout`` has no right to any."""
         began = time.monotonic()
         port = 0
         pool = self.pool
         try:
-            with pool.connection() as sock:
+            with pool.connection(timeout) as sock:
                 port = sock.getsockname()[1]
                 sock.settimeout(PATIENCE)
                 converse(sock, lease, dice.choice((1, 1, 1, 2, 3)), dice.choice((0, 0, 1, 3)))
@@ -158,6 +159,8 @@ class Worker:
             if pool is self.pool and not self.ending:
                 raise
         except (mppool.Error, OSError) as error:
+            if timeout is not None and isinstance(error, mppool.PoolTimeout):
+                return
             cause = f" <- {error.__cause__}" if error.__cause__ else ""
             self.setting.tell(self.who, "failed", error=type(error).__name__, text=f"{error}{cause}", began=began, port=port, lease=lease)
         except Crossed as crossed:
@@ -196,7 +199,7 @@ class Worker:
             while time.monotonic() < until and self.setting.board[PACE] == FULL:
                 n += 1
                 if use:
-                    self.ask(f"{who}.{n}", dice)
+                    self.ask(f"{who}.{n}", dice, CHILD_PATIENCE)
                 if select.select([self.setting.lifeline], [], [], 0.0 if use else 0.01)[0]:
                     os._exit(0)
             if orderly:

@@ -446,6 +446,7 @@ class Host:
         self.until(lambda: not any(BASE <= place < BYSTANDER for place in self.actors), COMING, "those who came for a while are gone")
         self.until(lambda: self.with_broker or len(self.actors) == 1, COMING, "the workers have ended")
         there = time.monotonic() - began
+        self.until(lambda: not self.strangers(), COMING, "no fork child left")
         self.lease_whole_cap()
         board[PACE] = SILENT
         if not self.until(lambda: not board.is_busy() and not self.strangers(), COMING, "no request and no fork child left"):
