@@ -742,7 +742,6 @@ class Secretive(RawDriver):
     def attach(self, fd: int, baggage: bytes) -> socket.socket:
         assert baggage == SECRET.encode() * 20
         if Secretive.trouble:
-            os.close(fd)
             raise mppool.Error(Secretive.trouble)
         return super().attach(fd, baggage)
 
