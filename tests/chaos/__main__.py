@@ -1,4 +1,4 @@
-"""python -m tests.chaos [--minutes M | --seconds S] [--seed S] [--no-broker] [--round-seconds S] [--verbose]"""
+"""Kill, stop, close, reset, refuse, delay, resize, fork, for so long; exit code 1 if anything was found. The last line is JSON."""
 
 from __future__ import annotations
 

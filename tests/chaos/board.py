@@ -30,8 +30,7 @@ PLACES, THREADS = 24, 4
     UPSTREAM_PEAK,
     UPSTREAM_DIALS,
     UPSTREAM_REQUESTS,
-    UPSTREAM_TURNS,  # replies sent
-) = range(14)
+) = range(13)
 BUSY = 16  # one word for each thread of each place: in the middle of a request?
 
 

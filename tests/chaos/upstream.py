@@ -18,11 +18,9 @@ import signal
 import socket
 import time
 
-from tests.chaos.board import MOOD, UPSTREAM_DIALS, UPSTREAM_LIVE, UPSTREAM_PEAK, UPSTREAM_REQUESTS, UPSTREAM_TURNS, Board, Teller
+from tests.chaos.board import MOOD, UPSTREAM_DIALS, UPSTREAM_LIVE, UPSTREAM_PEAK, UPSTREAM_REQUESTS, Board, Teller
 
-__all__ = ["Reply", "run"]
-
-Reply = tuple[int, str, int]  # connection, lease, turn
+__all__ = ["run"]
 
 
 class Connection:
@@ -124,7 +122,6 @@ class Upstream:
             _, _, connection, reply = heapq.heappop(self.due)
             if connection in self.connections:
                 connection.asked = False
-                self.board[UPSTREAM_TURNS] += 1
                 with contextlib.suppress(OSError):
                     connection.sock.send(reply)
 
