@@ -30,6 +30,7 @@ import pytest
 
 import mppool
 from mppool.kernel import link
+from mppool.kernel.runtime import scope_of
 from mppool.table import ROWS
 from mppool.wire import Kind, Message, encode, pack_held
 from tests.helpers.namespace import in_private_shm
