@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -239,6 +240,24 @@ def test_a_full_counter_is_an_error_of_ours(server: Judge, torn_path: str, field
             ask(sock, "x")
         assert broker.process.poll() is None
         other.close()
+
+
+@pytest.mark.xfail(strict=True, reason="Pool.close does not translate what a damaged table makes of it, and keeps its row")
+def test_a_damaged_pool_can_be_closed(server: Judge, torn_path: str) -> None:
+    """After a return that found a counter full, close raises nothing but mppool's own errors, and the row is free."""
+    pool = mppool.Pool(server.address, max_size=2, name="p", broker=torn_path)
+
+    def work(child: Child) -> bool:
+        sock = pool.getconn()
+        ground = Ground(torn_path, "p", server.port)
+        ground.table.words[ground.table.generation] = ONES
+        for act in (lambda: pool.putconn(sock, discard=True), pool.close):
+            with contextlib.suppress(mppool.Error):
+                act()
+        return any(ground.lock.is_held(16 + row) for row in range(ground.table.rows))
+
+    with fork(work) as (child,):
+        assert child.result() is False
 
 
 def test_a_state_that_lies_does_not_make_room(server: Judge, broker: BrokerProcess) -> None:
