@@ -18,8 +18,10 @@ import pytest
 
 import mppool
 from mppool.drivers.raw import FOREVER, RawDriver
+from mppool.kernel.runtime import pool_id
 from mppool.options import parse_target
 from mppool.stray import settle_strays
+from mppool.table import creation_lock
 from mppool.worker import Hands, Ready
 from tests.conftest import processes_of
 from tests.helpers.processes import Child, broker_process, die_with_parent, eventually, fork
@@ -224,21 +226,11 @@ def test_a_fork_in_the_middle_of_a_dial_keeps_the_cap(server: Judge, socket_path
         assert driver.connected.wait(10)
         sleeper = os.fork()
         if sleeper == 0:
-            die_with_parent_of(parent)
+            end_with(parent)
             time.sleep(60)
             os._exit(0)
         child.tell(sleeper)
         child.hear()
-
-    def die_with_parent_of(pid: int) -> None:
-        """The sleeper outlives its parent, but not the test."""
-
-        def watch() -> None:
-            while os.path.exists(f"/proc/{pid}"):
-                time.sleep(0.1)
-            os._exit(0)
-
-        threading.Thread(target=watch, daemon=True).start()
 
     def bystander(child: Child) -> None:
         mine = pool(RawDriver(parse_target(server.address)))
@@ -268,6 +260,55 @@ def test_a_fork_in_the_middle_of_a_dial_keeps_the_cap(server: Judge, socket_path
         one.tell()
         assert one.hear() == "leased"
         one.result()
+
+
+@pytest.mark.xfail(strict=True, reason="a lock file that another thread has open at a fork stays open in the child")
+def test_a_fork_inside_the_creation_lock_locks_nobody_out(server: Judge, socket_path: str) -> None:
+    """A process forks while another of its threads attaches to the pool, and is killed before that is done: others attach while the child lives."""
+
+    def attacher(child: Child) -> None:
+        inside = threading.Event()
+
+        def attach() -> None:
+            with creation_lock(pool_id(socket_path, "locked")):
+                inside.set()
+                time.sleep(60)
+
+        threading.Thread(target=attach, daemon=True).start()
+        assert inside.wait(10)
+        sleeper = os.fork()
+        if sleeper == 0:
+            end_with(parent)
+            time.sleep(60)
+            os._exit(0)
+        child.tell(sleeper)
+        child.hear()
+
+    def bystander(child: Child) -> None:
+        with mppool.Pool(server.address, name="locked", broker=socket_path) as pool, pool.connection() as sock:
+            child.tell(ask(sock, "attached"))
+
+    parent = os.getpid()
+    with fork(attacher) as [one]:
+        sleeper = one.hear()
+        one.end()
+        try:
+            with fork(bystander) as [two]:
+                assert two.hear() == 1
+                two.result()
+        finally:
+            os.kill(sleeper, 9)
+
+
+def end_with(pid: int) -> None:
+    """This process outlives its parent, but not the process ``pid``."""
+
+    def watch() -> None:
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.1)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class SlowAttach(RawDriver):
