@@ -237,6 +237,30 @@ def test_duplicates_on_their_way_are_taken(server: Judge, broker: BrokerProcess)
                 pool.close()
 
 
+def test_duplicates_on_their_way_when_it_is_told_to_end(server: Judge, broker: BrokerProcess) -> None:
+    """The same with SIGTERM: it reads what was sent to it before it leaves."""
+    pool = mppool.Pool(server.address, max_size=6, name="p", broker=broker.path)
+    pool.open()
+
+    def work(child: Child) -> None:
+        use(pool, 1)
+        child.tell()
+        child.hear()
+        use(pool, 6)
+
+    with fork(work) as (child,):
+        child.hear()
+        broker.process.send_signal(signal.SIGSTOP)
+        child.tell()
+        child.result()
+        broker.process.terminate()
+        broker.process.send_signal(signal.SIGCONT)
+        assert broker.process.wait(10) == 0
+        broker.process = broker._start()
+        assert use(pool, 6) == [1, 2, 3, 4, 5, 6]
+        pool.close()
+
+
 # Those around it.
 
 
