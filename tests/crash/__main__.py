@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import os
 import random
+import signal
 import sys
 import time
+from types import FrameType
 
 from tests.crash.brokers import BROKER_OPERATIONS
 from tests.crash.operations import OPERATIONS
 from tests.crash.scene import Scene
 from tests.crash.series import BrokerSeries, Series, WorkerSeries
 from tests.crash.tracing import KINDS
+
+
+def end_at_once(_number: int, _frame: FrameType | None) -> None:
+    """Leave nothing behind. (SystemExit would be swallowed where the signal meets a hook of a fork.)"""
+    atexit._run_exitfuncs()
+    os._exit(1)
 
 
 def main() -> int:
@@ -23,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--opcodes", action="store_true", help="throw before every bytecode, not only at every line")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, end_at_once)
     print(f"seed {options.seed}", flush=True)
     chance = random.Random(options.seed)
     kinds = options.kind or ["kill", "signal"]

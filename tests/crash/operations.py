@@ -210,8 +210,7 @@ class Hooks(Operation):
         worker.other.putconn(worker.lent.pop())
 
     def recover(self, worker: Worker) -> None:
-        assert worker.other is not None
-        while worker.lent:
+        while worker.lent and worker.other is not None:
             worker.other.putconn(worker.lent.pop())
         super().recover(worker)
 

@@ -196,6 +196,7 @@ class Peer:
 
 
 def serve(child: Child, worker: Worker, operation: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # so that collecting is quick
     logging.disable()
     warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -12,6 +13,7 @@ import warnings
 from typing import Any
 
 import mppool
+from mppool.claims import named
 from mppool.inspect import Inspected, find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import pool_id, scope_of
@@ -38,15 +40,23 @@ class Scene:
         self.has_broker = has_broker
         self.traced = traced
         self._stack = contextlib.ExitStack()
-        self.judge = self._stack.enter_context(judge())
+        atexit.register(self.abandon)
         self.directory = tempfile.mkdtemp(prefix="mppool-crash-")
-        self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
         self.path = f"{self.directory}/b.sock"
-        self.broker = Broker(self.path, Trigger() if traced else None) if has_broker else None
+        self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        self._stack.callback(remove_names, f"mppool-{scope_of(self.path)}")
+        self.judge = self._stack.enter_context(judge())
+        self.broker: Broker | None = None  # the one that is there now
+        self._stack.callback(self.end_broker)
+        if has_broker:
+            self.broker = Broker(self.path, Trigger() if traced else None)
         self.survivor = self.peer()
+        self._stack.callback(self.survivor.end)
         self.survivor.do("hold", CAP)
         self.survivor.do("give_back", not has_broker)
         self.table = self._table()
+        self._stack.callback(self.table.lock.close)
+        self.tokens = [self.table.table.open_token(k) for k in range(self.table.table.slots)]
 
     def _table(self) -> Inspected:
         found = find_pool(self.path, "crash")
@@ -115,6 +125,14 @@ class Scene:
             self.check_server()
             peer.do("give_back", not self.has_broker)
         self.judge.forget_peak()
+        eventually(lambda: not self.lost_tokens(), DEADLINE, "slots that nobody holds and nobody can take")
+
+    def lost_tokens(self) -> list[int]:
+        """At rest: with a broker each token is back; without one some may wait for somebody in need, and the lanes of the dead name them."""
+        table = self.table.table
+        words = [] if self.has_broker else [word for row in table.taken_rows() for word in table.lanes_of(row)]
+        taken = [k for k, token in enumerate(self.tokens) if not token.value]
+        return [k for k in taken if k not in map(named, words)]
 
     def come_by(self, other: Peer) -> None:
         """After a broker's death: each worker uses the pool while the other waits, and so shows the next broker what only it has."""
@@ -162,17 +180,20 @@ class Scene:
         finally:
             self.abandon()
 
-    def abandon(self) -> None:
-        """Whatever state it is in."""
-        self.survivor.end()
+    def end_broker(self) -> None:
         if self.broker is not None:
             self.broker.kill()
-        self.table.lock.close()
-        prefix = f"mppool-{scope_of(self.path)}"
+
+    def abandon(self) -> None:
+        """Whatever state it is in."""
+        atexit.unregister(self.abandon)
         self._stack.close()
-        for name in memory.names(prefix) + memory.names(f"sem.{prefix}"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{memory.SHM}/{name}")
+
+
+def remove_names(prefix: str) -> None:
+    for name in memory.names(prefix) + memory.names(f"sem.{prefix}"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{memory.SHM}/{name}")
 
 
 class Broker:

@@ -31,7 +31,7 @@ class Series:
     points: int = 0
     lines: int = 0
     losses: list[str] = field(default_factory=list)
-    few: ClassVar[int] = 18
+    few: ClassVar[int] = 16
 
     @property
     def name(self) -> str:
