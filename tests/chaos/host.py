@@ -482,7 +482,7 @@ class Host:
             self.reap()
         missing = answer.get("cap", 1) - answer.get("leased", 0)
         if missing or answer.get("error"):
-            self.report.figures["lost"] += missing
+            self.report.figures["lost"] += max(0, missing)
             self.report.find(f"the whole cap could not be leased, exactly: {answer or 'no answer'}")
         else:
             self.report.took("whole_ms", answer["seconds"])
