@@ -23,7 +23,7 @@ from mppool.errors import Error, ProtocolError
 from mppool.kernel import link as wires
 from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
-from mppool.kernel.process import check_descriptors
+from mppool.kernel.process import check_descriptors, raise_descriptors
 from mppool.kernel.runtime import check_directory, scope_of
 from mppool.kernel.systemd import Service
 from mppool.succession import AlreadyRunning, ask_for_place, give_place, is_asking, say_left, say_serving, take_place, was_followed
@@ -510,6 +510,7 @@ def serve(
         signal.signal(number, tell)
     check_directory(path, create=True)
     check_descriptors(1024, "the broker")
+    raise_descriptors()
     place, predecessor = ask_for_place(path, lambda: bool(told)) if replace else (take_place(path), None)
     if told and predecessor is not None:
         give_place(place)

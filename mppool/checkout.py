@@ -101,7 +101,8 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
         if turn.lane is not None:
             entry = yield from receive_grant(hands, turn.lane, turn.given, turn.baggage)
             if entry is None:
-                yield Pause(FIRST_POLL)  # whatever keeps us from having it may last
+                front = False  # whatever keeps us from having it may last
+                yield Pause(FIRST_POLL)
             elif (yield from fit(hands, turn.lane, entry)):
                 return turn.lane, entry
         elif turn.dial:

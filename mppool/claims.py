@@ -47,7 +47,7 @@ _KIND = 7
 class Slot:
     """A slot's places, worked out once per process, and its token. Owns nothing that a fork could harm."""
 
-    __slots__ = ("expires_at", "give", "granted", "held", "k", "limbo", "since_at", "state_at", "take", "token", "trying", "uses_at")
+    __slots__ = ("expires_at", "give", "granted", "held", "k", "since_at", "state_at", "take", "token", "trying", "uses_at")
 
     def __init__(self, table: Table, k: int) -> None:
         self.k = k
@@ -58,7 +58,7 @@ class Slot:
         self.since_at = table.since + k
         self.expires_at = table.expires + k
         self.state_at = table.states_byte + k
-        self.trying, self.held, self.granted, self.limbo = (k << 3 | kind for kind in (TRYING, HELD, GRANTED, LIMBO))
+        self.trying, self.held, self.granted = (k << 3 | kind for kind in (TRYING, HELD, GRANTED))
 
     def close(self) -> None:
         """The semaphore is unmapped: no thread of this process may use the slot any more."""
@@ -129,9 +129,9 @@ def grant(words: memoryview, lane: Lane, slot: Slot, lane_of_waiter: int) -> Non
     words[lane.at] = 0
 
 
-def disown(words: memoryview, lane: Lane, slot: Slot) -> None:
-    """After an interruption that left it open whether we hold the slot: let the reclaimer find out. It clears the lane then."""
-    words[lane.at] = slot.limbo
+def disown(words: memoryview, lane: Lane, k: int) -> None:
+    """After an interruption that left it open whether we hold slot k: let the reclaimer find out. It clears the lane then."""
+    words[lane.at] = k << 3 | LIMBO
 
 
 def _swallow(words: memoryview, lane: Lane, slot: Slot) -> int:

@@ -287,7 +287,14 @@ class Desk:
                 self.strike(link)  # it is gone, or has used the lane for something else
             elif not (self.grant_idle(link) or self.grant_dial(link)):
                 self.make_room(link)
+                self.serve_behind()
                 return
+
+    def serve_behind(self) -> None:
+        """Idle sessions that the first in line cannot have yet, for want of a duplicate, go to whoever behind it can."""
+        for link in self.queue.behind() if self.table.find(State.IDLE) >= 0 else ():
+            if link.row not in self.dead and self.still_theirs(link) and not self.words[link.lane_at]:
+                self.grant_idle(link)
 
     def still_theirs(self, link: WorkerLink) -> bool:
         return self.words[self.table.row_at(link.row) + R_INCARNATION] == link.home & 0xFFFFFFFF
@@ -334,8 +341,7 @@ class Desk:
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
         self.lanes.append(lane)
-        self.queue.serve()
-        self.table.halves[H_WAITERS] = len(self.queue)
+        self.strike(link)
 
     def grant_dial(self, link: WorkerLink) -> bool:
         """The right to dial, to as many as there is room for; a right that is being used is a DIALING slot already."""

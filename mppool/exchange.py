@@ -36,6 +36,10 @@ class Queue(Generic[W]):
     def head(self) -> W:
         return self._waiters[0]
 
+    def behind(self) -> list[W]:
+        """Those who wait behind the first, in order."""
+        return list(self._waiters)[1:]
+
     def serve(self) -> W:
         return self._waiters.popleft()
 

@@ -19,6 +19,7 @@ import sys
 from mppool.errors import Error, ProtocolError
 from mppool.kernel import link
 from mppool.kernel.locks import LockFile
+from mppool.kernel.process import raise_descriptors
 from mppool.table import FIRST_ROW, KEEPER, ROWS, lock_path, remove_if_unused
 from mppool.wire import Kind, Message, decode, encode, is_pool, pack_held, unpack_held
 
@@ -48,11 +49,15 @@ class Keeper:
 
     def run(self) -> None:
         while True:
-            waiting = [self.listener, *([self.broker] if self.broker else [])]
-            ready = select.select(waiting, [], [], TICK)[0]
-            if self.listener in ready:
+            poller = select.poll()  # (select() cannot look at descriptors above 1023, and there are as many as sessions)
+            for sock in (self.listener, self.broker):
+                if sock is not None:
+                    poller.register(sock, select.POLLIN)
+            ready = {fd for fd, _ in poller.poll(TICK * 1000)}
+            broker = self.broker.fileno() if self.broker is not None else -1
+            if self.listener.fileno() in ready:
                 self.accept()
-            if self.broker is not None and self.broker in ready:
+            if self.broker is not None and self.broker.fileno() == broker and broker in ready:
                 self.serve(self.broker)
             if self.is_done(bool(ready)):
                 return
@@ -181,6 +186,7 @@ def pool_of(message: Message) -> str:
 def main(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it outlives its broker; see the module's first lines for its own end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise_descriptors()
     keeper = Keeper(path)
     try:
         try:

@@ -283,7 +283,7 @@ class Worker:
             self.unfinished.append(lane)
             self.finish()
         else:
-            claims.disown(self.words, lane, self.slot(k))
+            claims.disown(self.words, lane, k)
             self.limbo.append(lane)
             self.look()
 
@@ -408,7 +408,7 @@ class Worker:
             if entry.lent is not entry.conn:
                 self.driver.abort(entry.lent)
             self.driver.abort(entry.conn)
-        if not any(hands.dialing for hands in self.stories):
+        if self.driver.forked() or not any(hands.dialing for hands in self.stories):
             self.lock.close()  # else it stays open, and with it the row alive: a thread that we do not have was making a connection, and we have that
         self.closed = True
 

@@ -51,5 +51,11 @@ class Driver(Protocol):
     def abort(self, session: Any) -> None:
         """Let go of this process's descriptor without a word to the server: in a forked child, or when others go on."""
 
+    def forked(self) -> bool:
+        """In a forked child: let go, without a word, of connections that other threads of the parent were just dialing.
+
+        False: they cannot all be known. Then what the parent held counts for as long as the child lives.
+        """
+
     def fileno(self, session: Any) -> int:
         """The descriptor to watch for unread bytes and the end, -1 if there is none."""

@@ -64,6 +64,9 @@ class CloseableDriver:
             with open(os.devnull, "rb") as dead:
                 os.dup2(dead.fileno(), fd, inheritable=False)
 
+    def forked(self) -> bool:
+        return False
+
     def fileno(self, session: Any) -> int:
         get = getattr(session, "fileno", None)
         try:

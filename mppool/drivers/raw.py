@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
+from typing import Any
 
 from mppool.errors import DialFailed
 from mppool.options import Target
@@ -28,6 +30,7 @@ class RawDriver:
     def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
         self.target = target
         self.connect_timeout = connect_timeout
+        self._dialed: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def key(self) -> str:
         return "raw/1"
@@ -37,15 +40,14 @@ class RawDriver:
         target = self.target
         try:
             if target.kind == "unix":
-                sock = socket.socket(socket.AF_UNIX)
+                sock = self.make(socket.AF_UNIX)
                 try:
-                    sock.settimeout(self.connect_timeout)
                     sock.connect(target.host)
                 except BaseException:
                     sock.close()
                     raise
             else:
-                sock = connect(target.host, target.port, self.connect_timeout)
+                sock = self.connect(target.host, target.port)
         except socket.gaierror as error:
             permanent = error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
             raise DialFailed(f"target={str(target)!r}: cannot resolve {target.host!r}: {error.strerror}", permanent=permanent) from error
@@ -102,20 +104,38 @@ class RawDriver:
     def fileno(self, session: socket.socket) -> int:
         return session.fileno()
 
+    def forked(self) -> bool:
+        for sock in list(self._dialed):
+            self.abort(sock)
+        return True
 
-def connect(host: str, port: int, timeout: float) -> socket.socket:
-    """An address needs no look-up, whose locks in the C library a fork in another thread leaves locked in the child for ever."""
+    def connect(self, host: str, port: int) -> socket.socket:
+        """The first address that answers. One that is given as such needs no look-up: a fork while another thread is in one may block the child's for ever."""
+        failure: OSError | None = None
+        for family, address in addresses(host, port):
+            sock = self.make(family)
+            try:
+                sock.connect(address)
+                return sock
+            except BaseException as error:
+                sock.close()
+                if not isinstance(error, OSError):
+                    raise
+                failure = error
+        raise failure or OSError(f"no address for {host!r}")
+
+    def make(self, family: int) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        self._dialed.add(sock)
+        sock.settimeout(self.connect_timeout)
+        return sock
+
+
+def addresses(host: str, port: int) -> list[tuple[int, Any]]:
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)
         except OSError:
             continue
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout)
-            sock.connect((host, port))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    return socket.create_connection((host, port), timeout=timeout)
+        return [(family, (host, port))]
+    return [(family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]

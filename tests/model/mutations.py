@@ -102,7 +102,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         ),
         ARRIVAL,
     ),
-    (Mutation("a doubtful lane is cleared", (("claims", "    words[lane.at] = slot.limbo\n", "    words[lane.at] = 0\n"),)), INTERRUPTED),
+    (Mutation("a doubtful lane is cleared", (("claims", "    words[lane.at] = k << 3 | LIMBO\n", "    words[lane.at] = 0\n"),)), INTERRUPTED),
     (Mutation("lanes in limbo are overlooked", (("claims", "if row in dead or word & _KIND == LIMBO:", "if row in dead:"),)), INTERRUPTED),
     (
         Mutation(
