@@ -54,20 +54,26 @@ class Line:
 
     def receive(self) -> Received | None:
         """The next message and its descriptor, None if there is none yet. Raises LineLost."""
-        given = None
+        fd = -1
+        given: list[Descriptor] = []
         try:
             data, fd = link.receive(self.sock)
             if fd >= 0:
                 if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                    os.close(fd)
                     raise ProtocolError("a descriptor that is no socket")
-                given = Descriptor(fd, "rb+")
+                given.extend(map(Descriptor, (fd,), ("rb+",)))  # made and kept in one step of the interpreter
             if not data:
                 raise LineLost
-            return decode(data, 1 if given else 0), given
+            return decode(data, len(given)), given[0] if given else None
         except BlockingIOError:
             return None
-        except (OSError, ProtocolError, LineLost) as error:
+        except BaseException as error:
+            if given:
+                given[0].close()
+            elif fd >= 0:
+                os.close(fd)
+            if not isinstance(error, (OSError, ProtocolError, LineLost)):
+                raise
             self.close()
             if isinstance(error, OtherVersion):
                 raise BrokerUnavailable(f"the broker is of another version: {error}; use the same mppool for both") from error

@@ -303,15 +303,11 @@ class Pool:
             perform(worker, prewarm(worker))
         return worker
 
-    @contextmanager
-    def _door(self) -> Iterator[None]:
-        """One thread at a time. Only tried: gevent may have come after the lock was made, and waiting would stop all its greenlets."""
-        while not self._opening.acquire(False):
+    def _door(self) -> threading.Lock:
+        """The lock, for one thread at a time, as soon as it is free: gevent may have come after it was made, and waiting in it would stop all greenlets."""
+        while self._opening.locked():
             time.sleep(0.001)
-        try:
-            yield
-        finally:
-            self._opening.release()
+        return self._opening
 
     def _leave_if_done(self, worker: Worker) -> None:
         """After ``close()``: whoever brings back the last lease, or stops waiting, in whatever thread, leaves."""
@@ -319,8 +315,8 @@ class Pool:
             self._leave(worker)
 
     def _leave(self, worker: Worker) -> None:
-        self._leaving = None
         worker.leave()
+        self._leaving = None
 
     def _after_fork(self) -> None:
         self._opening = threading.Lock()
@@ -345,7 +341,7 @@ class Lease:
             conn = self._conn = self._pool.getconn(self._timeout)
             worker = self._worker = self._pool._worker or self._pool._leaving
             # A signal handler's exception can end a block before the first line of __exit__; see Worker.tidy.
-            worker.blocks[id(conn)] = weakref.ref(self)  # type: ignore[union-attr]
+            worker.blocks[id(conn)] = weakref.ref(self), worker.leases[id(conn)][0].uses  # type: ignore[union-attr]
             return conn
         except BaseException:
             if conn is not None:

@@ -141,12 +141,17 @@ class Worker:
             with creation_lock(self.ident) as self.lock:
                 self.table, differences = attach_or_create(self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path)
                 self.row = take_row(self.table, self.lock, os.getpid())
+            self.prepare()
         except BaseException:
+            if "lock" in vars(self):
+                self.lock.close()  # which is the end of our row
             remove_if_unused(self.ident)
             raise
         for difference in differences:
             log.warning("pool %r: %s", name, difference)
-        table = self.table
+
+    def prepare(self) -> None:
+        table, options, driver = self.table, self.options, self.driver
         self.words = table.words
         self.mem = table.mem
         self.permits = Permits(table, self.lock)
@@ -160,7 +165,7 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
-        self.blocks: dict[int, weakref.ref[Any]] = {}  # for leases that a ``with`` block holds, the block
+        self.blocks: dict[int, tuple[weakref.ref[Any], int]] = {}  # for leases that a ``with`` block holds, the block, and which lease it was
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
@@ -320,10 +325,10 @@ class Worker:
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
-        for key, block in list(self.blocks.items()):
+        for key, (block, uses) in list(self.blocks.items()):
             if block() is None:  # its end was interrupted
                 ready = self.leases.get(key)
-                if ready is not None:
+                if ready is not None and ready[0].uses == uses:
                     self.settle(ready[1])
                     self.leases.pop(key, None)
                 self.blocks.pop(key, None)
@@ -421,7 +426,6 @@ class Worker:
         """Give up the row; the last one out, where no broker is, removes the pool's names. Leases were returned before."""
         if self.closed:
             return
-        self.closed = True
         quiet = self.is_quiet()
         self.tidy()
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
@@ -437,6 +441,7 @@ class Worker:
                 slot.close()
             self.permits.cap.close()
         self.lock.close()
+        self.closed = True  # last: whatever interrupts this, it can be done again
         remove_if_unused(self.ident)
 
     def settle_own_row(self) -> None:
