@@ -36,7 +36,7 @@ from mppool.errors import ProtocolError
 from mppool.kernel.semaphores import BusyError
 from mppool.table import Row, Table
 
-__all__ = ["Evidence", "Lane", "Slot", "accept", "claim", "convict", "disown", "give_token", "grant", "named", "release", "scan", "suspect"]
+__all__ = ["Evidence", "Lane", "Slot", "accept", "claim", "convict", "disown", "give_token", "grant", "is_granted", "named", "release", "scan", "suspect"]
 
 log = logging.getLogger("mppool")
 
@@ -127,6 +127,11 @@ def grant(words: memoryview, lane: Lane, slot: Slot, lane_of_waiter: int) -> Non
     lane.sure = False
     words[lane_of_waiter] = slot.granted
     words[lane.at] = 0
+
+
+def is_granted(word: int) -> bool:
+    """Does a lane's word say that its slot was handed to us, and we have yet to accept it?"""
+    return word & _KIND == GRANTED
 
 
 def disown(words: memoryview, lane: Lane, k: int) -> None:

@@ -112,17 +112,12 @@ def report(worker: Worker, error: Exception | None) -> Story[None]:
     worker.look()
 
 
-def prewarm(worker: Worker) -> Story[None]:
+def prewarm(hands: Hands) -> Story[None]:
     """Dial until ``min_size`` sessions are there, all workers together; stops quietly if the server cannot be reached."""
-    hands = Hands(worker)
-    try:
-        while worker.permits.held() < worker.words[W_MIN_SIZE]:
-            held = yield from open_session(hands)
-            if held is None:
-                break
-            lane, entry = held
-            yield from put_down(hands, lane, entry, discarded=False)
-        hands.done()
-    except BaseException:
-        hands.settle()
-        raise
+    worker = hands.worker
+    while worker.permits.held() < worker.words[W_MIN_SIZE]:
+        held = yield from open_session(hands)
+        if held is None:
+            return
+        lane, entry = held
+        yield from put_down(hands, lane, entry, discarded=False)

@@ -23,6 +23,7 @@ from mppool.drivers.closeable import CloseableDriver
 from mppool.drivers.raw import RawDriver
 from mppool.errors import Error, OptionError, PoolClosed, PoolTimeout
 from mppool.kernel import link
+from mppool.kernel.locks import close_in_child
 from mppool.kernel.runtime import socket_path
 from mppool.launch import ensure_broker
 from mppool.options import Options, check_name, check_timeout, default_name, parse_target
@@ -177,8 +178,7 @@ class Pool:
                 self._leave_if_done(worker)
                 raise
         if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
-            with understood(worker):
-                perform(worker, after_return(worker))
+            self._tell(worker, after_return)
         if worker is self._leaving:
             self._leave_if_done(worker)
 
@@ -188,6 +188,18 @@ class Pool:
             entry.lent.close()
             entry.lent = entry.conn
         perform(hands.worker, put_down(hands, lane, entry, discarded=discard))
+
+    def _tell(self, worker: Worker, story: Callable[[Hands], Story[None]]) -> None:
+        """Tell a story that lends nothing."""
+        hands = None
+        try:
+            hands = Hands(worker)
+            perform(worker, story(hands))
+            hands.done()
+        except BaseException as error:
+            with understood(worker):
+                self._unwind(worker, error, hands)
+                raise
 
     def _unwind(self, worker: Worker, error: BaseException, hands: Hands | None) -> None:
         """After an exception: what the story holds is settled, and if a signal handler threw it, whatever lies between two hands."""
@@ -199,6 +211,7 @@ class Pool:
         if interrupted:
             worker.permits.let_go()
             settle_strays(worker)
+            worker.finish()
 
     def _not_lent(self, conn: Any) -> Error:
         return Error(f"{conn!r} is not lent by pool {self.name!r} in this process: returned already, or lent before a fork or by another pool")
@@ -221,7 +234,7 @@ class Pool:
             while worker.permits.held() < self.options.min_size:
                 if time.monotonic() > until:
                     raise PoolTimeout(f"pool {self.name!r}: min_size={self.options.min_size} sessions were not to be had within {timeout:g} s")
-                perform(worker, prewarm(worker))
+                self._tell(worker, prewarm)
                 time.sleep(0.01)
 
     def close(self) -> None:
@@ -236,8 +249,9 @@ class Pool:
         if worker is not None and worker.guard[0]:
             worker.returns_plainly = never
             worker.closing = True
-            settle_strays(worker)
-            self._leave_if_done(worker)
+            with understood(worker):
+                settle_strays(worker)
+                self._leave_if_done(worker)
 
     def resize(self, max_size: int) -> None:
         """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle."""
@@ -300,7 +314,7 @@ class Pool:
             else:
                 return worker
         if self.options.min_size:
-            perform(worker, prewarm(worker))
+            self._tell(worker, prewarm)
         return worker
 
     def _door(self) -> threading.Lock:
@@ -438,6 +452,7 @@ def _leave_all() -> None:
 def _forked() -> None:
     for pool in list(_pools):
         pool._after_fork()
+    close_in_child()
 
 
 atexit.register(_leave_all)

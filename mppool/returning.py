@@ -44,10 +44,11 @@ def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
     return None
 
 
-def after_return(worker: Worker) -> Story[None]:
+def after_return(hands: Hands) -> Story[None]:
     """A session became idle: somebody may be waiting for it, or the pool may have more than it should."""
+    worker = hands.worker
     if worker.table.halves[H_FLAGS] & SHRINKING:
-        yield from shed(worker)
+        yield from shed(hands)
     if (worker.owes or not worker.look()) and worker.must_queue():
         line = yield from connect(worker)
         if line is not None:
@@ -55,24 +56,19 @@ def after_return(worker: Worker) -> Story[None]:
             worker.look()
 
 
-def shed(worker: Worker) -> Story[None]:
+def shed(hands: Hands) -> Story[None]:
     """Pay the debt of a shrink with our idle sessions. (Those of others go when they come back, or through the broker.)"""
-    hands = Hands(worker)
-    try:
-        while worker.idle and worker.table.halves[H_FLAGS] & SHRINKING:
-            entry, lane = worker.idle.pop()
-            hands.take(lane)
-            if not hands.claim(lane, entry.slot):
-                hands.give(lane)
-            elif worker.attached(entry.slot.k) is not entry:
-                claims.release(worker.words, lane, entry.slot)
-                hands.give(lane)
-            else:
-                yield from discard(hands, lane, entry, CloseReason.drained)
-        hands.done()
-    except BaseException:
-        hands.settle()
-        raise
+    worker = hands.worker
+    while worker.idle and worker.table.halves[H_FLAGS] & SHRINKING:
+        entry, lane = worker.idle.pop()
+        hands.take(lane)
+        if not hands.claim(lane, entry.slot):
+            hands.give(lane)
+        elif worker.attached(entry.slot.k) is not entry:
+            claims.release(worker.words, lane, entry.slot)
+            hands.give(lane)
+        else:
+            yield from discard(hands, lane, entry, CloseReason.drained)
 
 
 def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Story[None]:

@@ -31,7 +31,7 @@ def settle_strays(worker: Worker) -> None:
 def unaccounted(worker: Worker) -> list[Lane]:
     known = {*worker.lanes, *worker.unfinished, *worker.limbo}
     known.update(lane for _, lane in [*worker.idle, *worker.leases.values(), *worker.abandoned])
-    for hands in list(worker.stories):
+    for hands in worker.told():
         known.update(filter(hands.holds, hands.taken))
     return [lane for lane in worker.all_lanes if lane not in known]
 

@@ -72,7 +72,7 @@ class Hands:
         self.taken: list[Lane] = []
         self.serial = next(_serials)
         self.dialing = False  # a connection is being made that nothing else here knows of
-        worker.stories.add(self)
+        worker.stories[self.serial] = weakref.ref(self)
         if lane is not None:
             self.take(lane)
 
@@ -122,7 +122,7 @@ class Hands:
 
     def done(self) -> None:
         """The story is over. (Until then, and while anything refers to it, its process does not leave the pool.)"""
-        self.worker.stories.discard(self)
+        self.worker.stories.pop(self.serial, None)
 
 
 class Worker:
@@ -170,7 +170,7 @@ class Worker:
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
-        self.stories: weakref.WeakSet[Hands] = weakref.WeakSet()
+        self.stories: dict[int, weakref.ref[Hands]] = {}  # (not a WeakSet: what a signal handler throws in its callbacks is swallowed)
         self.waiting: set[Hands] = set()
         self.credit = 0  # see may_overtake
         self.turns = 0
@@ -262,7 +262,7 @@ class Worker:
     # Lanes.
 
     def settle(self, lane: Lane) -> None:
-        """Whatever an interrupted story left of its lane. What we surely hold is closed; what we may hold, the reclaimer finds out.
+        """Whatever an interrupted story left of its lane. What we surely hold is closed; what we may hold is found out.
 
         May be repeated, should it be interrupted itself.
         """
@@ -274,23 +274,54 @@ class Worker:
             return
         if lane in self.unfinished or lane in self.limbo:
             return
-        entry = self.attached(k)
-        unshared = self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1
-        if lane.sure and entry is None and not unshared and self.table.state(k) in (State.IDLE, State.IN_USE):
-            self.pass_over(lane)  # others have it, we never had: untouched
-            return
-        if entry is not None and (lane.sure or unshared):
-            self.sever(entry)
-            self.leases.pop(id(entry.lent), None)
-        if lane.sure:
-            if self.table.state(k) is not State.FREE:
-                self.table.move(k, State.CLOSING)
-            self.unfinished.append(lane)
-            self.finish()
-        else:
+        if not lane.sure and claims.is_granted(self.words[lane.at]):
+            claims.accept(self.words, lane, self.slot(k))
+        if not lane.sure:
             claims.disown(self.words, lane, k)
             self.limbo.append(lane)
-            self.look()
+            self.find_out(lane, k)
+            return
+        entry = self.attached(k)
+        if entry is None and not self.is_unshared(k) and self.table.state(k) in (State.IDLE, State.IN_USE):
+            self.pass_over(lane)  # others have it, we never had: untouched
+            return
+        if entry is not None:
+            self.sever(entry)
+            self.leases.pop(id(entry.lent), None)
+        if self.table.state(k) is not State.FREE:
+            self.table.move(k, State.CLOSING)
+        self.unfinished.append(lane)
+        self.finish()
+
+    def is_unshared(self, k: int) -> bool:
+        return bool(self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1)
+
+    def find_out(self, lane: Lane, k: int) -> None:
+        """Do we hold slot k, which our ``lane`` in limbo names? Not if its token can be taken. Else the reclaimer decides; what only we have, we end first."""
+        try:
+            other = self.lanes.pop()
+        except IndexError:
+            return
+        if claims.claim(self.words, other, self.slot(k)):
+            self.limbo.remove(lane)
+            self.words[lane.at] = 0
+            self.lanes.append(lane)
+            if self.table.state(k) in (State.IDLE, State.FREE):
+                claims.release(self.words, other, self.slot(k))
+            else:
+                self.settle(other)
+                return
+        elif self.is_unshared(k) and not any(named(word) == k for word in self.other_lanes(lane)):
+            entry = self.attached(k)
+            if entry is not None:
+                self.sever(entry)
+        self.lanes.append(other)
+        self.look()
+
+    def other_lanes(self, lane: Lane) -> list[int]:
+        words = self.table.lanes_of(self.row.index)
+        del words[lane.index]
+        return words
 
     def pass_over(self, lane: Lane) -> None:
         """Leave the session that ``lane`` holds as it is, for others."""
@@ -413,19 +444,40 @@ class Worker:
             if entry.lent is not entry.conn:
                 self.driver.abort(entry.lent)
             self.driver.abort(entry.conn)
-        if self.driver.forked() or not any(hands.dialing for hands in self.stories):
-            self.lock.close()  # else it stays open, and with it the row alive: a thread that we do not have was making a connection, and we have that
+        if self.driver.forked() or not any(hands.dialing for hands in self.told()):
+            self.lock.close()
+        else:
+            self.lock.inherited = True  # the row lives on with us: a thread that we do not have was making a connection, and we have that
         self.closed = True
 
     def is_quiet(self) -> bool:
         """Is nothing lent, no story in progress, and every lane where it belongs?"""
         resting = len(self.lanes) + len(self.idle) + len(self.unfinished) + len(self.limbo) + len(self.abandoned)
-        return not self.leases and not self.stories and resting == self.table.lanes
+        return not self.leases and not self.told() and resting == self.table.lanes
+
+    def told(self) -> list[Hands]:
+        """The hands of the stories in progress."""
+        found = []
+        for serial, reference in list(self.stories.items()):
+            hands = reference()
+            if hands is not None:
+                found.append(hands)
+            else:
+                self.stories.pop(serial, None)
+        return found
 
     def leave(self) -> None:
         """Give up the row; the last one out, where no broker is, removes the pool's names. Leases were returned before."""
         if self.closed:
             return
+        try:
+            self.let_go_of_all()
+        finally:
+            self.lock.close()
+        self.closed = True  # last: whatever interrupts this, it can be done again
+        remove_if_unused(self.ident)
+
+    def let_go_of_all(self) -> None:
         quiet = self.is_quiet()
         self.tidy()
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
@@ -440,9 +492,6 @@ class Worker:
             for slot in filter(None, self.slots):
                 slot.close()
             self.permits.cap.close()
-        self.lock.close()
-        self.closed = True  # last: whatever interrupts this, it can be done again
-        remove_if_unused(self.ident)
 
     def settle_own_row(self) -> None:
         """Before we leave: sessions that only we have end with us. Without a broker we also reclaim our own row; else it will."""

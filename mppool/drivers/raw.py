@@ -30,7 +30,10 @@ class RawDriver:
     def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
         self.target = target
         self.connect_timeout = connect_timeout
-        self._dialed: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._dialed: list[weakref.ref[socket.socket]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_dialed": []}  # for a spawned process, which has none of our connections
 
     def key(self) -> str:
         return "raw/1"
@@ -105,8 +108,10 @@ class RawDriver:
         return session.fileno()
 
     def forked(self) -> bool:
-        for sock in list(self._dialed):
-            self.abort(sock)
+        for reference in self._dialed:
+            sock = reference()
+            if sock is not None:
+                self.abort(sock)
         return True
 
     def connect(self, host: str, port: int) -> socket.socket:
@@ -126,7 +131,7 @@ class RawDriver:
 
     def make(self, family: int) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
-        self._dialed.add(sock)
+        self._dialed = [*(reference for reference in self._dialed if reference() is not None), weakref.ref(sock)]
         sock.settimeout(self.connect_timeout)
         return sock
 

@@ -16,7 +16,7 @@ import struct
 from mppool.errors import Error
 from mppool.kernel.memory import check_ours, open_to_us
 
-__all__ = ["LockFile"]
+__all__ = ["LockFile", "close_in_child"]
 
 _FLOCK = struct.Struct("@hhqqi4x")
 
@@ -58,7 +58,7 @@ class LockFile:
     Raises Error where the file belongs to somebody else: /dev/shm is a public directory.
     """
 
-    __slots__ = ("fd", "path")
+    __slots__ = ("fd", "inherited", "path")
 
     def __init__(self, path: str, *, create: bool = True) -> None:
         """Open (and with ``create`` make) the file. FileNotFoundError if it is not there and must not be made, Error for all else."""
@@ -78,6 +78,8 @@ class LockFile:
             self.close()
             raise
         self.path = path
+        self.inherited = False  # a forked child is to keep it, and with it what is locked
+        _opened.add(self)
 
     def take(self, byte: int) -> bool:
         """Take the lock of a byte if it is free. Never waits."""
@@ -108,6 +110,17 @@ class LockFile:
         return os.fstat(self.fd).st_ino
 
     def close(self) -> None:
+        _opened.discard(self)
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+
+_opened: set[LockFile] = set()
+
+
+def close_in_child() -> None:
+    """In a forked child: every lock file of the parent, also one that another thread had in hand. Else what it locked stays locked as long as we live."""
+    for lock in list(_opened):
+        if not lock.inherited:
+            lock.close()

@@ -32,6 +32,7 @@ class Claims(World):
         mortal: int = 100,
     ) -> None:
         self.rows = users + reclaimers
+        self.lanes = 2 if interrupts else 1
         if arrivals:
             self.interest = (*self.interest, "pid", "incarnation", "last_incarnation")
         super().__init__(code)
@@ -56,25 +57,25 @@ class Claims(World):
     def claim(self, worker: Any, rounds: int) -> Any:
         if not rounds:
             return None
-        lane = worker.lanes[0]
+        lane = worker.all_lanes[0]
         try:
             if not self.code.claims.claim(worker.words, lane, worker.slot(0)):
                 return None
             access("hold", 0)
         except Interrupt:
             access("drop", 0)
-            worker.lanes.popleft()
+            worker.lanes.remove(lane)
             worker.settle(lane)
             return None
         return [("release", rounds), ("grant", rounds)] if self.grants and worker.row.index == 0 else ("release", rounds)
 
     def release(self, worker: Any, rounds: int) -> Any:
         access("drop", 0)
-        lane = worker.lanes[0]
+        lane = worker.all_lanes[0]
         try:
             self.code.claims.release(worker.words, lane, worker.slot(0))
         except Interrupt:
-            worker.lanes.popleft()
+            worker.lanes.remove(lane)
             worker.settle(lane)
             return None
         return "claim", rounds - 1
@@ -82,13 +83,13 @@ class Claims(World):
     def grant(self, worker: Any, rounds: int) -> Any:
         """To process 1, which waits."""
         access("drop", 0)
-        self.code.claims.grant(worker.words, worker.lanes[0], worker.slot(0), self.table.lanes_at(1))
+        self.code.claims.grant(worker.words, worker.all_lanes[0], worker.slot(0), self.table.lanes_at(1))
         access("wake", 0)
 
     def accept(self, worker: Any, rounds: int) -> Any:
         """Woken, or left alone by a granter that died: the table says whether the slot was granted."""
         access("woken", 0)
-        if self.code.conversation.granted(worker, worker.lanes[0]).lane is None:
+        if self.code.conversation.granted(worker, worker.all_lanes[0]).lane is None:
             return "claim", rounds
         access("hold", 0)
         return "release", rounds

@@ -186,7 +186,7 @@ class Explorer:
             for answer, memory in taken:
                 for next_number in self.after(number, answer):
                     yield f"{me} {process.operation} {step} -> {answer}", State(memory, put(state.processes, me, next_number), state.deaths, state.interrupts)
-            if state.interrupts and step.kind in KINDS and self.may_be_interrupted(process):
+            if me == 0 and state.interrupts and step.kind in KINDS and self.may_be_interrupted(process):
                 for when, memory in ((BEFORE, state.memory), *((AFTER, memory) for _, memory in taken)):
                     for next_number in self.after(number, when):
                         yield (
@@ -195,7 +195,7 @@ class Explorer:
                         )
 
     def may_be_interrupted(self, process: Process) -> bool:
-        """Once an operation: the handler that settles what the first interruption left is not interrupted itself."""
+        """Process 0 may, once an operation: the handler that settles what the first interruption left is not interrupted itself."""
         return process.operation is not None and process.operation[0] in self.scenario.interruptible and not {BEFORE, AFTER} & set(process.seen)
 
     def go_on(self, state: State, me: int, local: int, operation: tuple[Any, ...]) -> tuple[State, Done]:

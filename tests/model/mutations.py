@@ -31,7 +31,7 @@ GRANT = Setting(Claims, {"grants": True, "deaths": 2})
 TWICE = Setting(Claims, {"rounds": 2, "deaths": 1, "mortal": 1})
 RECLAIMERS = Setting(Claims, {"users": 1, "reclaimers": 2, "deaths": 2})
 ARRIVAL = Setting(Claims, {"users": 1, "reclaimers": 2, "arrivals": 1, "deaths": 1})
-INTERRUPTED = Setting(Claims, {"interrupts": 1, "deaths": 0})
+INTERRUPTED = Setting(Claims, {"users": 1, "interrupts": 1, "deaths": 0})
 DIAL = Setting(Permits, {"dialers": 1, "resizes": (2,), "deaths": 1})
 DIALERS = Setting(Permits, {"dialers": 2, "reclaimers": 0, "deaths": 0})
 INTERRUPTED_DIAL = Setting(Permits, {"dialers": 1, "deaths": 0, "interrupts": 1})
@@ -44,7 +44,7 @@ LONG = [
     Setting(Claims, {"users": 2, "reclaimers": 2, "deaths": 3}),
     Setting(Claims, {"users": 3, "reclaimers": 1, "deaths": 2}),
     Setting(Claims, {"users": 2, "reclaimers": 2, "arrivals": 1, "deaths": 2}),
-    Setting(Claims, {"users": 2, "interrupts": 2, "deaths": 1}),
+    Setting(Claims, {"users": 2, "interrupts": 1, "deaths": 0}),
     Setting(Permits, {"dialers": 2, "deaths": 2}),
     Setting(Permits, {"dialers": 2, "deaths": 0, "interrupts": 1}),
     Setting(Rows, {"deaths": 2, "ticks": 2}),

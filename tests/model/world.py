@@ -16,16 +16,17 @@ __all__ = ["World"]
 class Stories(Atomic):
     """Who is in the middle of what is a matter of one process."""
 
-    def add(self, hands: Any) -> None:
+    def __setitem__(self, serial: int, hands: Any) -> None:
         pass
 
-    discard = add
+    def pop(self, serial: int, default: Any) -> None:
+        pass
 
 
 class World(Scenario):
     """``rows`` processes share ``slots`` slots; the words named in ``interest`` are shared for real, others are constants.
 
-    Of each row the first ``lanes`` lanes exist.
+    Only row 0, whose process may be interrupted, uses more than the first of its lanes.
     """
 
     slots, rows, lanes, max_size = 1, 3, 1, 1
@@ -87,7 +88,7 @@ class World(Scenario):
             at = t.row_at(row)
             shared("pid", row, of_interest, at + table.R_PID, self.value_of("pid", row))
             shared("incarnation", row, of_interest, at + table.R_INCARNATION, self.value_of("incarnation", row))
-            for lane in range(self.lanes):
+            for lane in range(self.lanes if row == 0 else 1):
                 shared("lane", self.lanes * row + lane, of_interest, t.lanes_at(row) + lane)
             self.place(f"byte {table.FIRST_ROW + row}", row + 1 if self.value_of("pid", row) else 0)
         for byte in (table.CREATION, table.DIAL, table.BROKER):
