@@ -176,12 +176,13 @@ def test_a_killed_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> No
         child.hear()
         pool.open()
         keeper = eventually(lambda: keeper_of(broker.path))
-        keeper.kill()
-        eventually(lambda: (found := keeper_of(broker.path)) and found.pid != keeper.pid)
         worker = pool._worker
         assert worker is not None
         eventually(lambda: all(worker.words[worker.table.shared_flag + k] for k in range(2)))
-    time.sleep(0.3)  # the new keeper has answered for both when the flags are set; the old flags may have stood until then
+        full = keeper.num_fds()
+        keeper.kill()
+        eventually(lambda: (found := keeper_of(broker.path)) and found.pid != keeper.pid)
+        eventually(lambda: keeper_of(broker.path).num_fds() >= full)
     broker.restart()
     sessions = [pool.getconn(timeout=5) for _ in range(2)]
     assert {ask(session, "x") for session in sessions} == {1, 2}

@@ -201,7 +201,6 @@ def test_descriptors_run_out_at_a_fetch(broker: BrokerProcess, server: Judge, so
     assert all(re.search("lent|no session within|Too many open files|maximum number of files|RLIMIT_NOFILE", line) for line in said), said
 
 
-@pytest.mark.xfail(strict=True, reason="S11: a grant is lost when its token cannot be opened")
 def test_descriptors_run_out_at_a_grant(broker: BrokerProcess, server: Judge, socket_path: str) -> None:
     """The same when a session is granted to a waiter that cannot take its descriptor any more: it, or the next in line, gets the session later."""
 
@@ -274,7 +273,6 @@ def test_a_broker_without_descriptors(home: Home, server: Judge, tmp_path: Path,
     assert len(Path(log).read_text().splitlines()) < 300
 
 
-@pytest.mark.xfail(strict=True, reason="S5: the keeper uses select()")
 def test_a_keeper_of_more_sessions_than_select_can(socket_path: str, many_descriptors: None) -> None:
     """A keeper may hold the sessions of many pools: with more than 1024 descriptors it gives them all to the next broker."""
     path, count = f"{socket_path}.keeper", 1100

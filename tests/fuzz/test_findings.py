@@ -242,7 +242,6 @@ def test_a_full_counter_is_an_error_of_ours(server: Judge, torn_path: str, field
         other.close()
 
 
-@pytest.mark.xfail(strict=True, reason="Pool.close does not translate what a damaged table makes of it, and keeps its row")
 def test_a_damaged_pool_can_be_closed(server: Judge, torn_path: str) -> None:
     """After a return that found a counter full, close raises nothing but mppool's own errors, and the row is free."""
     pool = mppool.Pool(server.address, max_size=2, name="p", broker=torn_path)
