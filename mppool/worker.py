@@ -274,12 +274,7 @@ class Worker:
             return
         if lane in self.unfinished or lane in self.limbo:
             return
-        if not lane.sure and claims.is_granted(self.words[lane.at]):
-            claims.accept(self.words, lane, self.slot(k))
-        if not lane.sure:
-            claims.disown(self.words, lane, k)
-            self.limbo.append(lane)
-            self.find_out(lane, k)
+        if not lane.sure and not self.settle_doubt(lane, k):
             return
         entry = self.attached(k)
         if entry is None and not self.is_unshared(k) and self.table.state(k) in (State.IDLE, State.IN_USE):
@@ -293,21 +288,37 @@ class Worker:
         self.unfinished.append(lane)
         self.finish()
 
+    def settle_doubt(self, lane: Lane, k: int) -> bool:
+        """We do not know if we hold slot k, which ``lane`` names. True: we do. False: the lane was settled, or is in limbo."""
+        try:
+            slot = self.slot(k)
+        except Error:
+            slot = None  # out of descriptors
+        if slot is not None and claims.is_granted(self.words[lane.at]):
+            claims.accept(self.words, lane, slot)
+            return True
+        claims.disown(self.words, lane, k)
+        self.limbo.append(lane)
+        if slot is not None:
+            self.find_out(lane, slot)
+        return False
+
     def is_unshared(self, k: int) -> bool:
         return bool(self.words[self.table.spread + k] != self.words[self.generation_at + k] + 1)
 
-    def find_out(self, lane: Lane, k: int) -> None:
-        """Do we hold slot k, which our ``lane`` in limbo names? Not if its token can be taken. Else the reclaimer decides; what only we have, we end first."""
+    def find_out(self, lane: Lane, slot: Slot) -> None:
+        """Do we hold the slot that our ``lane`` in limbo names? Not if its token can be taken. Else the reclaimer decides; what only we have, we end first."""
+        k = slot.k
         try:
             other = self.lanes.pop()
         except IndexError:
             return
-        if claims.claim(self.words, other, self.slot(k)):
+        if claims.claim(self.words, other, slot):
             self.limbo.remove(lane)
             self.words[lane.at] = 0
             self.lanes.append(lane)
             if self.table.state(k) in (State.IDLE, State.FREE):
-                claims.release(self.words, other, self.slot(k))
+                claims.release(self.words, other, slot)
             else:
                 self.settle(other)
                 return

@@ -182,7 +182,7 @@ def test_a_killed_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> No
         full = keeper.num_fds()
         keeper.kill()
         eventually(lambda: (found := keeper_of(broker.path)) and found.pid != keeper.pid)
-        eventually(lambda: keeper_of(broker.path).num_fds() >= full)
+        eventually(lambda: (found := keeper_of(broker.path)) and found.num_fds() >= full)
     broker.restart()
     sessions = [pool.getconn(timeout=5) for _ in range(2)]
     assert {ask(session, "x") for session in sessions} == {1, 2}

@@ -288,19 +288,19 @@ def test_a_keeper_of_more_sessions_than_select_can(socket_path: str, many_descri
                 pool = f"mppool-{scope_of(socket_path)}-{n // 1000:010}"
                 link.send(first, encode(Message(Kind.PUT, n % 1000, 1, body=pack_held(pool, b"")), 1), ours.fileno())
                 assert first.recv(4096)
-        with link.connect(path) as second:
-            second.setblocking(True)
-            second.settimeout(SOON)
-            link.send(second, encode(Message(Kind.GIVE_ALL)))
-            given = 0
-            while True:
-                _, fd = link.receive(second)
-                if fd < 0:
-                    break
-                os.close(fd)
-                given += 1
-            assert given == count
-            assert keeper.poll() is None
+            with link.connect(path) as second:
+                second.setblocking(True)
+                second.settimeout(SOON)
+                link.send(second, encode(Message(Kind.GIVE_ALL)))
+                given = 0
+                while True:
+                    _, fd = link.receive(second)
+                    if fd < 0:
+                        break
+                    os.close(fd)
+                    given += 1
+                assert given == count
+                assert keeper.poll() is None
     finally:
         keeper.kill()
         keeper.wait()
