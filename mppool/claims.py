@@ -17,14 +17,14 @@ Whoever reclaims tells these apart without any help from the dead:
                   else the token died with its taker: the session is closed, and then the token given again
 
 Two looks are needed, and the comparison of ``uses``: between the first look at the lanes and the look at the token
-another process may have taken k and named it. All orders of up to three deaths among four processes were explored
-exhaustively (without LIMBO, below): never two holders, never a live holder's session closed, never a token lost. The pause between the looks
+another process may have taken k and named it. tests/model runs these very functions in all orders of steps, deaths and
+interruptions: never two holders, never a live holder's session closed, never a token lost. The pause between the looks
 covers processors that reorder stores. There is one reclaimer at a time (the broker's lock), and it works under the dial lock.
 
 A process that lives on can be interrupted too, by an exception from a signal handler after any bytecode. Between the take
 (or the give) and its record nobody knows whether it happened, not even the process. Then it disowns the lane: LIMBO k says
-that this lane is as good as a dead row's, and the reclaimer settles it by the same two looks. ``lane.sure`` tells the
-doubtful moments from the others.
+that this lane is as good as a dead row's, and the reclaimer settles it by the same two looks, unless the process can take the
+token anew, which says as much. ``lane.sure`` tells the doubtful moments from the others.
 """
 
 from __future__ import annotations

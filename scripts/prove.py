@@ -1,6 +1,7 @@
 """Runs the harnesses that try to break mppool, and writes what they found into the README.
 
     scripts/prove                          all, with half an hour of chaos: about an hour in all
+    scripts/prove --crash-every 1          at every line: many hours
     scripts/prove --chaos-minutes 2        all, sooner
     scripts/prove model crash              some; the other rows stay as they were
     scripts/prove --table                  only write the table, from the figures of the last runs
@@ -44,7 +45,7 @@ def model(found: Figures) -> list[tuple[str, str, str]]:
 def crash(found: Figures) -> list[tuple[str, str, str]]:
     return [
         (
-            f"SIGKILL, or a handler's exception, at every line of {found['operations']} operations",
+            f"SIGKILL, or a handler's exception, at every {found['every']}th line (others in each run) of {found['operations']} operations",
             f"{found['kill_points']:,} kills, {found['exception_points']:,} exceptions",
             f"{found['lost']} lost anything",
         )
@@ -100,7 +101,7 @@ def recovery(found: Figures) -> list[tuple[str, str, str]]:
 
 PARTS = {
     "model": Part(("-m", "tests.model", "--long"), model),
-    "crash": Part(("-m", "tests.crash"), crash),
+    "crash": Part(("-m", "tests.crash", "--every", "{crash_every}"), crash),
     "chaos": Part(("-m", "tests.chaos", "--minutes", "{chaos_minutes}"), chaos),
     "fuzz": Part(("-m", "tests.fuzz"), fuzz),
     "matrix": Part(("-m", "tests.matrix"), matrix),
@@ -113,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--chaos-minutes", type=float, default=30.0)
+    parser.add_argument("--crash-every", type=int, default=25, help="1 takes many hours")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     unknown = set(options.parts) - set(PARTS)
@@ -122,12 +124,12 @@ def main() -> int:
     faults = []
     for name in () if options.table else options.parts or PARTS:
         began = time.monotonic()
-        found, code = run([word.format(chaos_minutes=options.chaos_minutes) for word in PARTS[name].command])
+        found, code = run([word.format(**vars(options)) for word in PARTS[name].command])
         print(f"{name}: {'fault' if code else 'no fault'}, {time.monotonic() - began:.0f} s", flush=True)
         if code:
             faults.append(name)
         if found:
-            figures[name] = {**found, "fault": bool(code), "date": time.strftime("%Y-%m-%d")}
+            figures[name] = {**found, "every": options.crash_every, "fault": bool(code), "date": time.strftime("%Y-%m-%d")}
             FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     table = render(figures)
     print(table)
