@@ -98,10 +98,13 @@ class Hands:
 
     def may_reclaim(self) -> bool:
         """Take the broker lock for the moment, if neither a broker nor anybody else has it."""
-        return self.worker.reclaiming.setdefault(BROKER, self) is self and self.worker.lock.take(BROKER)
+        worker = self.worker
+        if worker.reclaiming.get(BROKER) not in [hands.serial for hands in worker.told()]:
+            worker.reclaiming.pop(BROKER, None)  # its end was interrupted
+        return worker.reclaiming.setdefault(BROKER, self.serial) == self.serial and worker.lock.take(BROKER)
 
     def stop_reclaiming(self) -> None:
-        if self.worker.reclaiming.get(BROKER) is self:
+        if self.worker.reclaiming.get(BROKER) == self.serial:
             self.worker.lock.give(BROKER)
             self.worker.reclaiming.pop(BROKER, None)
 
@@ -179,9 +182,10 @@ class Worker:
         self.next_try = 0.0  # when to look for a broker again, unless another has come since
         self.tried_epoch = 0
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
-        self.reclaiming: dict[int, Hands] = {}  # by whom; see permits.Section for why a dictionary
+        self.reclaiming: dict[int, int] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
         self.closing = False  # the pool was closed here, but something is still lent, or waits
+        self.left = False  # all but the lock, which is the row
         self.closed = False
 
     def slot(self, k: int) -> Slot:
@@ -479,12 +483,16 @@ class Worker:
 
     def leave(self) -> None:
         """Give up the row; the last one out, where no broker is, removes the pool's names. Leases were returned before."""
-        if self.closed:
+        if self.closed or self.lock.fd < 0:
             return
         try:
-            self.let_go_of_all()
-        finally:
+            if not self.left:
+                self.let_go_of_all()
+        except Exception:  # the table is damaged
+            self.drop_entries()
             self.lock.close()
+            raise
+        self.lock.close()
         self.closed = True  # last: whatever interrupts this, it can be done again
         remove_if_unused(self.ident)
 
@@ -494,15 +502,19 @@ class Worker:
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
         self.settle_own_row()
+        self.drop_entries()
+        self.left = True
+        if quiet:  # else a thread of a process that exits may be using them
+            for slot in filter(None, self.slots):
+                slot.close()
+            self.permits.cap.close()
+
+    def drop_entries(self) -> None:
         for entry in list(self.entries.values()):
             entry.close()
             self.driver.abort(entry.conn)
         self.entries.clear()
         self.idle.clear()
-        if quiet:  # else a thread of a process that exits may be using them
-            for slot in filter(None, self.slots):
-                slot.close()
-            self.permits.cap.close()
 
     def settle_own_row(self) -> None:
         """Before we leave: sessions that only we have end with us. Without a broker we also reclaim our own row; else it will."""

@@ -74,12 +74,12 @@ class LockFile:
             raise Error(f"cannot open {path}: {error.strerror}") from error
         try:
             check_ours(os.fstat(self.fd), path)
-        except Error:
+            self.path = path
+            self.inherited = False  # a forked child is to keep it, and with it what is locked
+            _opened.add(self)
+        except BaseException:
             self.close()
             raise
-        self.path = path
-        self.inherited = False  # a forked child is to keep it, and with it what is locked
-        _opened.add(self)
 
     def take(self, byte: int) -> bool:
         """Take the lock of a byte if it is free. Never waits."""

@@ -94,7 +94,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         ),
         RECLAIMERS,
     ),
-    (Mutation("two reclaimers", (("worker", " is self and self.worker.lock.take(BROKER)", " is self"),)), ARRIVAL),
+    (Mutation("two reclaimers", (("worker", " == self.serial and worker.lock.take(BROKER)", " == self.serial"),)), ARRIVAL),
     (
         Mutation(
             "who was dead a moment ago counts as dead",

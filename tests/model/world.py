@@ -22,6 +22,9 @@ class Stories(Atomic):
     def pop(self, serial: int, default: Any) -> None:
         pass
 
+    def items(self) -> list[Any]:
+        return []
+
 
 class World(Scenario):
     """``rows`` processes share ``slots`` slots; the words named in ``interest`` are shared for real, others are constants.
