@@ -41,8 +41,12 @@ class Line:
     def cancel(self) -> None:
         """Ask to be struck, once: a second STRUCK would be taken for the answer to the next WAIT. Raises LineLost."""
         if not self.cancelled:
-            self.cancelled = True
-            self.send(Message(Kind.CANCEL))
+            try:
+                self.send(Message(Kind.CANCEL))
+                self.cancelled = True
+            except BaseException:
+                self.close()  # was it said? The end of the line says it, too
+                raise
 
     def send(self, message: Message, fd: int = -1) -> None:
         """Raises LineLost if the broker is gone or so far behind that its queue is full."""

@@ -309,13 +309,23 @@ class Pool:
             if worker is None:
                 if self.autostart:
                     ensure_broker(self.broker)
-                worker = Worker(self.name, self.target, self._driver, self.options, self.broker)
-                self._worker = worker
+                worker = self._attach()
             else:
                 return worker
         if self.options.min_size:
             self._tell(worker, prewarm)
         return worker
+
+    def _attach(self) -> Worker:
+        made: list[Worker] = []
+        try:
+            made.extend(map(Worker, (self.name,), (self.target,), (self._driver,), (self.options,), (self.broker,)))  # in one step: it holds a row
+            self._worker = made[0]
+            return made[0]
+        except BaseException:
+            if made and self._worker is None:
+                made[0].leave()
+            raise
 
     def _door(self) -> threading.Lock:
         """The lock, for one thread at a time, as soon as it is free: gevent may have come after it was made, and waiting in it would stop all greenlets."""

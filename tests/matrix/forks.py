@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def parent_killed(scene: Scene) -> None:
 @contextlib.contextmanager
 def by_multiprocessing(method: str, scene: Scene, pool: mppool.Pool, count: int) -> Iterator[None]:
     context: Any = multiprocessing.get_context(method)
+    forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc] # one that a parent of ours started is not our child
     processes = [context.Process(target=busy, args=(pool, scene.tally, f"{method}{n}", 10)) for n in range(count)]
     for process in processes:
         process.start()
@@ -569,7 +571,7 @@ def c_dialing(scene: Scene) -> None:
 
 @row("fork while a thread dials, child outlives its worker", workers=3, cap=2, alone=True, kills=True)
 def dialing_orphan(scene: Scene) -> None:
-    """What the worker had just dialed is in its child, too: its permit does not go back while the child lives, and does then."""
+    """The child lets go of what the worker's thread was dialing: with the worker dead the whole cap is to be had, while the child lives."""
 
     def worker(child: Child) -> None:
         pool, driver = dialing_pool(scene)
@@ -587,8 +589,7 @@ def dialing_orphan(scene: Scene) -> None:
     with fork(lambda child: as_many_as_can_be(scene, 0.5)) as (child,):
         had = child.result()
     assert Path(f"/proc/{orphan}").exists(), "the orphan is there all the while"
-    scene.notes.append(f"{had} of {scene.cap} to be had while the child lives")
-    assert had == scene.cap - 1
+    assert had == scene.cap
     os.close(leave)
     os.close(stay)
 
