@@ -130,7 +130,7 @@ def parent_killed(scene: Scene) -> None:
 @contextlib.contextmanager
 def by_multiprocessing(method: str, scene: Scene, pool: mppool.Pool, count: int) -> Iterator[None]:
     context: Any = multiprocessing.get_context(method)
-    forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc] # one that a parent of ours started is not our child
+    forkserver._forkserver.__init__()  # type: ignore[misc] # one that a parent of ours started is not our child
     processes = [context.Process(target=busy, args=(pool, scene.tally, f"{method}{n}", 10)) for n in range(count)]
     for process in processes:
         process.start()
