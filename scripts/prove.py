@@ -100,7 +100,7 @@ def recovery(found: Figures) -> list[tuple[str, str, str]]:
 
 
 PARTS = {
-    "model": Part(("-m", "tests.model", "--long"), model),
+    "model": Part(("-m", "tests.model"), model),
     "crash": Part(("-m", "tests.crash", "--every", "{crash_every}"), crash),
     "chaos": Part(("-m", "tests.chaos", "--minutes", "{chaos_minutes}"), chaos),
     "fuzz": Part(("-m", "tests.fuzz"), fuzz),

@@ -15,7 +15,7 @@ from tests.model.steps import Violation
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="also the scenarios that take minutes")
+    parser.add_argument("--long", action="store_true", help="also larger scenarios: millions of states, many minutes and gigabytes")
     parser.add_argument("--path", metavar="NAME", help="show the steps to the violation that this mutation leads to, and no more")
     options = parser.parse_args()
     if options.path:

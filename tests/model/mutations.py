@@ -38,7 +38,7 @@ INTERRUPTED_DIAL = Setting(Permits, {"dialers": 1, "deaths": 0, "interrupts": 1}
 ROWS = Setting(Rows, {"deaths": 1, "ticks": 1})
 RESTART = Setting(Restart, {"deaths": 1, "ticks": 1})
 
-# What is explored of the code as it is: quick ones for every run of the tests, and those that take minutes.
+# What is explored of the code as it is: quick ones for every run of the tests, and larger ones.
 SCENARIOS = [DEATH, GRANT, RECLAIMERS, ARRIVAL, INTERRUPTED, DIAL, DIALERS, INTERRUPTED_DIAL, ROWS, RESTART]
 LONG = [
     Setting(Claims, {"users": 2, "reclaimers": 2, "deaths": 3}),
