@@ -14,7 +14,7 @@ from typing import Any
 from mppool.claims import Slot
 from mppool.errors import Error
 from mppool.kernel import link
-from mppool.states import CloseReason
+from mppool.states import CloseReason, Residence
 
 __all__ = ["Entry"]
 
@@ -25,13 +25,14 @@ class Entry:
     ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
     """
 
-    __slots__ = ("closed", "conn", "generation", "lent", "poll", "slot", "sock", "uses")
+    __slots__ = ("closed", "conn", "generation", "lent", "poll", "residence", "slot", "sock", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
         self.conn = conn
+        self.residence = Residence.moves
         self.closed = False  # by its driver
         self.lent: Any = conn  # what the user has in hand; with debug=True a duplicate
         self.sock = duplicate(fd) if fd >= 0 else None
@@ -60,6 +61,15 @@ class Entry:
         except OSError:
             unread = b""
         return CloseReason.unread_data if unread else CloseReason.peer_closed
+
+    def end_loan(self) -> bool:
+        """With debug: the user's duplicate ends with the lease. True: he had closed it, and is not to be trusted with the rest."""
+        if self.lent is self.conn:
+            return False
+        spoilt = self.lent.fileno() < 0
+        self.lent.close()
+        self.lent = self.conn
+        return bool(spoilt)
 
     def close(self) -> None:
         if self.sock is not None:

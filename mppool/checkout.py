@@ -20,11 +20,12 @@ from mppool.claims import Lane
 from mppool.conversation import attach, connect, fetch, settle_abandoned, wait_turn
 from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolClosed, PoolTimeout
+from mppool.exchange import why_expired
 from mppool.line import Descriptor
 from mppool.returning import discard
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
-from mppool.story import Call, Pause, Story
+from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import Hands, Worker
@@ -114,10 +115,8 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
 def give_up_idle(hands: Hands) -> Story[None]:
     """Sessions that nobody can end from outside: with others waiting before us, our idle ones make room for them."""
     worker = hands.worker
-    if worker.driver.transferable or not worker.must_queue():
-        return
     for entry, _ in list(worker.idle):
-        if entry.sock is None:
+        if entry.sock is None and worker.must_queue():
             held = yield from take(hands, entry.slot.k)
             if held is not None:
                 yield from discard(hands, *held, CloseReason.evicted_for_other)
@@ -222,14 +221,19 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         yield from discard(hands, lane, entry, entry.why_readable())
         return False
     if time.monotonic_ns() >= worker.words[entry.slot.expires_at]:
-        yield from discard(hands, lane, entry, CloseReason.too_old)
+        yield from discard(hands, lane, entry, why_expired(worker.words[entry.slot.expires_at]))
         return False
-    if worker.options.check is not None:
-        if worker.table.state(k) is State.IDLE:
-            worker.table.move(k, State.IN_USE)
-        try:
+    foreign = worker.driver.minds_transfer and entry.uses + 1 != worker.words[entry.slot.uses_at]
+    if (foreign or worker.options.check is not None) and worker.table.state(k) is State.IDLE:
+        worker.table.move(k, State.IN_USE)
+    reason = CloseReason.reset_failed
+    try:
+        if foreign:
+            yield Transfer(entry.conn)
+        reason = CloseReason.check_failed
+        if worker.options.check is not None:
             yield Call(worker.options.check, entry.conn)
-        except Exception:
-            yield from discard(hands, lane, entry, CloseReason.check_failed)
-            return False
+    except Exception:
+        yield from discard(hands, lane, entry, reason)
+        return False
     return True

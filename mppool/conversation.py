@@ -27,6 +27,7 @@ log = logging.getLogger("mppool")
 
 ANSWER = 1.0  # seconds within which a living broker answers
 LOOK_AGAIN = 0.05  # seconds between two tries to find a broker
+NEVER = -2  # in Entry.uses: this process has not used the session yet
 
 
 def connect(worker: Worker) -> Story[Line | None]:
@@ -94,7 +95,7 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
     if entry.sock is None:
         return
     words[table.spread + k] = entry.generation + 1  # before: from now on it may live longer than this process
-    flags = 0 if worker.driver.transferable else RESIDENT
+    flags = RESIDENT if entry.residence else 0
     line.send(Message(Kind.SHARE, k, entry.generation, flags, worker.driver.detach(entry.conn)), entry.sock.fileno())
 
 
@@ -151,6 +152,7 @@ def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[E
             return None
         conn = yield Attach(given.fileno(), baggage)
         entry = worker.attach(k, conn)
+        entry.uses = NEVER
     except Exception as error:
         if conn is not None:
             worker.driver.abort(conn)

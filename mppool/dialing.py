@@ -44,6 +44,7 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
         hands.dialing = False
         if entry.sock is not None:
             worker.words[worker.table.socket + k] = os.fstat(entry.sock.fileno()).st_ino
+        worker.words[worker.table.residence + k] = entry.residence
         if worker.options.configure is not None:
             yield Call(worker.options.configure, conn)
     except Exception as error:
@@ -61,9 +62,9 @@ def open_session(hands: Hands) -> Story[tuple[Lane, Entry] | None]:
         if getattr(error, "permanent", False) or (isinstance(error, Error) and not isinstance(error, DialFailed)):
             raise
         return None
-    worker.table.move(k, State.IN_USE)
     lifetime = worker.words[W_MAX_LIFETIME] * random.uniform(0.9, 1.0)
     worker.words[worker.table.expires + k] = time.monotonic_ns() + int(lifetime)
+    worker.table.move(k, State.IN_USE)
     worker.bump(R_DIALS)
     if worker.words[W_FAILURES]:
         yield from report(worker, None)

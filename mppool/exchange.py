@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from mppool.states import CloseReason, State
+from mppool.table import DRAINED
 
-__all__ = ["Facts", "Queue", "plan_evictions"]
+__all__ = ["Facts", "Queue", "plan_evictions", "why_expired"]
 
 W = TypeVar("W")
 
@@ -68,10 +69,15 @@ class Facts(NamedTuple):
     max_idle: int
 
 
+def why_expired(expires: int) -> CloseReason:
+    """Why a session whose time is over is closed, by its word in the table."""
+    return CloseReason.drained if expires == DRAINED else CloseReason.too_old
+
+
 def plan_evictions(facts: Facts) -> list[tuple[int, CloseReason]]:
     """Which idle sessions are to be closed, and why: those past their time; those above the cap; the longest idle above ``min_size``."""
     idle = [k for k, state in enumerate(facts.states) if state == State.IDLE]
-    plan = [(k, CloseReason.too_old) for k in idle if 0 < facts.expires[k] < facts.now]
+    plan = [(k, why_expired(facts.expires[k])) for k in idle if 0 < facts.expires[k] < facts.now]
     gone = {k for k, _ in plan}
     size = facts.size - len(plan) - sum(state == State.CLOSING for state in facts.states)
     for k in sorted((k for k in idle if k not in gone), key=lambda k: facts.unused_since[k]):

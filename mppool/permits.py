@@ -75,8 +75,11 @@ class Permits:
                     yield
                     return
             if time.monotonic() > deadline:
-                raise Error(f"the dial lock of pool {self.table.text('name')!r} is held for {timeout:g} s (a stopped process?)")
+                raise self.is_stuck(timeout)
             time.sleep(SPIN)
+
+    def is_stuck(self, seconds: float) -> Error:
+        return Error(f"the dial lock of pool {self.table.text('name')!r} is held for {seconds:g} s (a stopped process?)")
 
     def let_go(self) -> None:
         """After an interruption: if it hit the end of a section, the lock is held for nobody."""

@@ -36,7 +36,7 @@ def free_slot(table: Table, permits: Permits, row: Row, k: int) -> None:
     words[table.generation + k] += 1
     words[table.uses + k] += 1  # so that unchanged uses mean the same session, too
     words[row.at + R_CLAIMED] += 1
-    words[table.shared_flag + k] = words[table.spread + k] = words[table.expires + k] = words[table.socket + k] = 0
+    words[table.shared_flag + k] = words[table.spread + k] = words[table.expires + k] = words[table.socket + k] = words[table.residence + k] = 0
     if words[table.permit + k]:
         permits.give(k)
     table.move(k, State.FREE)

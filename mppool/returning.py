@@ -12,11 +12,11 @@ from mppool.conversation import connect
 from mppool.permits import SPIN, Section
 from mppool.reclaim import free_slot
 from mppool.states import CloseReason, State
-from mppool.story import Call, Close, Ended, Pause, Story
-from mppool.table import H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
+from mppool.story import Call, Close, Ended, Pause, Story, Tidy
+from mppool.table import DRAINED, H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
 from mppool.worker import Hands, Worker
 
-__all__ = ["after_return", "dial_lock", "discard", "free", "put_down"]
+__all__ = ["after_return", "dial_lock", "discard", "drain", "free", "put_down", "resize"]
 
 
 def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Story[None]:
@@ -32,12 +32,15 @@ def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Stor
 
 
 def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
-    if worker.options.reset is not None:
-        try:
+    driver = worker.driver
+    try:
+        if driver.tidies_always or not driver.is_clean(entry.conn):
+            yield Tidy(entry.conn)
+        if worker.options.reset is not None:
             yield Call(worker.options.reset, entry.conn)
-        except Exception:
-            return CloseReason.reset_failed
-    if not worker.driver.is_clean(entry.conn):
+    except Exception:
+        return CloseReason.reset_failed
+    if not driver.is_clean(entry.conn):
         return CloseReason.discarded
     if entry.sock is None and worker.must_queue():
         return CloseReason.evicted_for_other  # nobody can end it from outside, and somebody waits
@@ -60,15 +63,20 @@ def shed(hands: Hands) -> Story[None]:
     """Pay the debt of a shrink with our idle sessions. (Those of others go when they come back, or through the broker.)"""
     worker = hands.worker
     while worker.idle and worker.table.halves[H_FLAGS] & SHRINKING:
-        entry, lane = worker.idle.pop()
-        hands.take(lane)
-        if not hands.claim(lane, entry.slot):
-            hands.give(lane)
-        elif worker.attached(entry.slot.k) is not entry:
-            claims.release(worker.words, lane, entry.slot)
-            hands.give(lane)
-        else:
-            yield from discard(hands, lane, entry, CloseReason.drained)
+        yield from shed_newest(hands)
+
+
+def shed_newest(hands: Hands) -> Story[None]:
+    worker = hands.worker
+    entry, lane = worker.idle.pop()
+    hands.take(lane)
+    if not hands.claim(lane, entry.slot):
+        hands.give(lane)
+    elif worker.attached(entry.slot.k) is not entry:
+        claims.release(worker.words, lane, entry.slot)
+        hands.give(lane)
+    else:
+        yield from discard(hands, lane, entry, CloseReason.drained)
 
 
 def discard(hands: Hands, lane: Lane, entry: Entry, reason: CloseReason) -> Story[None]:
@@ -102,6 +110,29 @@ def free(hands: Hands, lane: Lane, reason: CloseReason | None) -> Story[None]:
     if reason is not None:
         worker.bump(R_CLOSED + reason)
     worker.look()
+
+
+def resize(hands: Hands, max_size: int) -> Story[None]:
+    """Change the cap, for all workers. Raises Error if a stopped process holds the dial lock; then nothing was changed."""
+    worker = hands.worker
+    with (yield from dial_lock(worker, 1.0)) as inside:
+        if not inside:
+            raise worker.permits.is_stuck(1.0)
+        worker.permits.resize(max_size)
+    worker.look()
+
+
+def drain(hands: Hands) -> Story[None]:
+    """The time of every session there is now is over: whoever meets one closes it, be it at a checkout, at its return or at the broker's next look."""
+    worker = hands.worker
+    with (yield from dial_lock(worker, 1.0)) as inside:
+        if not inside:
+            raise worker.permits.is_stuck(1.0)
+        for k, state in enumerate(worker.table.states()):
+            if state in (State.IDLE, State.IN_USE):
+                worker.words[worker.table.expires + k] = DRAINED
+    while worker.idle:
+        yield from shed_newest(hands)
 
 
 def dial_lock(worker: Worker, seconds: float) -> Story[Section]:

@@ -1,4 +1,4 @@
-"""The words: in which states a slot can be, which moves are legal, and why a session was closed.
+"""The words: in which states a slot can be, which moves are legal, why a session was closed, and why one cannot move.
 
 Start here. The shared table, the command line, the counters and the messages use these words and no others.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["MOVES", "CloseReason", "State"]
+__all__ = ["MOVES", "CloseReason", "Residence", "State"]
 
 
 class State(IntEnum):
@@ -53,3 +53,13 @@ class CloseReason(IntEnum):
     forked = 9
     pool_closed = 10
     evicted_for_other = 11
+
+
+class Residence(IntEnum):
+    """Why a session stays with the process that dialed it (it is *resident*: capped and ended for others, never shared); 0: it moves."""
+
+    moves = 0
+    no_adapter = 1  # its driver knows no way to make a session of a socket
+    tls = 2  # keys and record numbers are in the dialer's memory
+    gssapi = 3  # likewise
+    by_choice = 4  # its user asked for it

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from mppool.line import Line
 
-__all__ = ["Attach", "Call", "Dial", "Ended", "Pause", "Receive", "Request", "Story"]
+__all__ = ["Attach", "Call", "Close", "Dial", "Ended", "Pause", "Receive", "Request", "Story", "Tidy", "Transfer"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,20 @@ class Call:
     """Call one of the user's hooks with a session; answer: what it returned."""
 
     function: Callable[[Any], object]
+    session: Any
+
+
+@dataclass(frozen=True)
+class Tidy:
+    """Let the driver bring a returned session into a state in which it may be lent again; answer: nothing. Raises if it cannot."""
+
+    session: Any
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Tell the driver that another process used this session since this one did; answer: nothing. Raises if it is no good any more."""
+
     session: Any
 
 
@@ -69,6 +83,6 @@ class Pause:
     seconds: float
 
 
-Request = Dial | Attach | Call | Close | Receive | Ended | Pause
+Request = Dial | Attach | Call | Tidy | Transfer | Close | Receive | Ended | Pause
 T = TypeVar("T")
 Story = Generator[Request, Any, T]

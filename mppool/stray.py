@@ -48,7 +48,7 @@ def is_alone() -> bool:
     while below is not None and (not is_ours(below) or str(below.f_globals["__name__"]).startswith(OUTSIDE)):
         below = below.f_back
     # A story that waits for the outside world has all that it took in its hands.
-    return below is None or (below.f_globals["__name__"] == "mppool.pool" and below.f_code.co_name in ("do", "receive", "ended"))
+    return below is None or (below.f_globals["__name__"] in ("mppool.pool", "mppool.aio") and below.f_code.co_name in ("do", "receive", "ended"))
 
 
 def is_ours(frame: FrameType) -> bool:

@@ -30,7 +30,7 @@ from mppool.states import MOVES, CloseReason, State
 __all__ = ["NoRow", "Row", "Table", "attach_or_create", "creation_lock", "lock_path"]
 
 MAGIC = 0x6D70706F6F6C3A31  # "mppool:1"
-VERSION = 2
+VERSION = 3
 ROWS = 512
 
 # Bytes of the lock file.
@@ -69,12 +69,14 @@ H_WAITERS = 2 * W_ATTENTION  # how many wait at the broker, who says so
 H_FLAGS = 2 * W_ATTENTION + 1  # dial lock
 SHRINKING = 1  # flag: more sessions than max_size; who returns one closes it
 
+DRAINED = 1  # in S_EXPIRES: the pool was drained since this session was dialed
+
 _HEADER = 64  # words
 _TEXTS = {"name": 64, "target": 256, "key": 256, "broker": 128, "dial_error": 256}  # bytes, in this order
 
 # Fields of a slot, each an array.
-S_GENERATION, S_USES, S_SHARED, S_SPREAD, S_PERMIT, S_HOME, S_EXPIRES, S_SINCE, S_SOCKET = range(9)
-_SLOT_FIELDS = 9
+S_GENERATION, S_USES, S_SHARED, S_SPREAD, S_PERMIT, S_HOME, S_EXPIRES, S_SINCE, S_SOCKET, S_RESIDENCE = range(10)
+_SLOT_FIELDS = 10
 
 # Words of a row; then WAIT_BUCKETS of waits, then its lanes.
 (
@@ -140,7 +142,7 @@ class Table:
             raise ProtocolError(f"pool table {ident} has lost its lock file (somebody removed it from {memory.SHM}); end its workers, then mppool gc")
         self.states_byte = _states_byte()
         slot_at = (self.states_byte + self.slots) // 8
-        self.generation, self.uses, self.shared_flag, self.spread, self.permit, self.home, self.expires, self.since, self.socket = (
+        self.generation, self.uses, self.shared_flag, self.spread, self.permit, self.home, self.expires, self.since, self.socket, self.residence = (
             slot_at + field * self.slots for field in range(_SLOT_FIELDS)
         )
         self._rows_at = slot_at + _SLOT_FIELDS * self.slots

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from mppool import claims
@@ -172,7 +173,9 @@ class Worker:
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
-        self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and driver.transferable else never
+        self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and not driver.tidies_always else never
+        self.takes_foreign = not driver.minds_transfer
+        self.let_go = driver.abort if is_coroutine(driver.close) else driver.close
         self.stories: dict[int, weakref.ref[Hands]] = {}  # (not a WeakSet: what a signal handler throws in its callbacks is swallowed)
         self.waiting: set[Hands] = set()
         self.credit = 0  # see may_overtake
@@ -209,6 +212,7 @@ class Worker:
     def attach(self, k: int, conn: Any) -> Entry:
         """Keep a session that we hold, as dialed or fetched. Error if there is no room for a descriptor; then it is not kept."""
         entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
+        entry.residence = self.driver.residence(conn)
         older = self.entries.get(k)
         if older is not None:
             self.forget(older)
@@ -225,7 +229,7 @@ class Worker:
         entry.close()
         if not entry.closed:
             entry.closed = True
-            self.driver.close(entry.conn)
+            self.let_go(entry.conn)
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
         """The session that ``lane`` holds goes to the user, if nothing comes in between: see Hands.settle."""
@@ -546,3 +550,8 @@ class Worker:
 
 def never(_session: Any) -> bool:
     return False
+
+
+def is_coroutine(function: Callable[..., Any]) -> bool:
+    """Is it an ``async def``? (As inspect says, which is not worth importing in every worker.)"""
+    return bool(getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80)

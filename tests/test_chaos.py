@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import mppool
-from mppool.drivers.raw import FOREVER, RawDriver
+from mppool.drivers.dialer import FOREVER
+from mppool.drivers.raw import RawDriver
 from mppool.kernel.runtime import pool_id
 from mppool.options import parse_target
 from mppool.stray import settle_strays

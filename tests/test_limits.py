@@ -29,6 +29,7 @@ import psutil
 import pytest
 
 import mppool
+from mppool import shell
 from mppool.kernel import link
 from mppool.kernel.runtime import scope_of
 from mppool.table import ROWS
@@ -709,8 +710,8 @@ def crowd(count: int, work: Callable[[int], None]) -> tuple[list[int], int, int]
                 os.write(writer, b".")
                 os.read(gate_out, 1)
                 code = 0
-                for pool in list(mppool.pool._pools):
-                    pool.close()
+                for pool in list(shell._pools):
+                    pool._close()
             except BaseException as error:
                 os.write(writer, f"{error!r}\n".encode()[:500])
             finally:

@@ -2,42 +2,84 @@
 
 The pool moves the *right to use* a session among processes, and each process attaches its own driver object to its own
 duplicate of the socket, once. A driver says how; it never sees semaphores, the table or the broker.
+
+A driver derives from ``DriverBase`` and fills in what its protocol has: at the least ``name``, ``key``, ``dial`` and
+``fileno``, and to let sessions move ``detach`` and ``attach``. The life of a session, as the driver sees it:
+
+    dial ── lent ── is_clean? ── tidy ── idle ── transferred ── lent ── ... ── close
+              │          in another process:  attach ── transferred ── lent ── ...
+
+For ``AsyncPool`` a driver may make coroutine functions of those that talk to the server: ``dial``, ``attach``, ``tidy``,
+``transferred``, ``reset``, ``ping``, ``close``. The others never wait for anything.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-__all__ = ["Driver"]
+from mppool.states import Residence
+
+__all__ = ["AsyncDriverBase", "Driver", "DriverBase"]
 
 
-class Driver(Protocol):
-    """What the pool asks of a protocol. ``S`` below is whatever the driver lends to the user.
+class DriverBase:
+    """What the pool asks of a protocol. A *session* below is whatever the driver lends to the user.
 
     Obligations. The connection of every attached session is non-blocking in the kernel at all times that nobody uses it:
-    O_NONBLOCK belongs to the connection, not to the process. ``baggage`` describes the login (at most 64 KiB); it may hold
+    O_NONBLOCK belongs to the connection, not to the process. Baggage describes the login (at most 64 KiB); it may hold
     secrets and is never logged. No method may say goodbye to the server except ``close``: others may have the session, too.
     """
 
-    name: str
-    baggage_version: int
-    transferable: bool
-    """False: sessions stay with the process that dialed them (*resident*): capped, ended for others in need, never shared."""
+    name = ""
+    """Of the protocol; the part of ``key`` before its first slash. Broker and command line know protocols by it."""
+
+    baggage_version = 1
+
+    minds_transfer = False
+    """True: sessions carry state that a process remembers or sets. ``transferred`` is called before one that another process used is lent."""
+
+    tidies_always = False
+    """True: ``tidy`` is called at every return, not only when ``is_clean`` says no."""
 
     def key(self) -> str:
-        """Says which sessions are interchangeable: server, login, options. Pools of one name must agree on it."""
+        """Says which sessions are interchangeable: protocol and version of the baggage, then server, login, options. Pools of one name must agree on it.
+
+        It stands in shared memory and in messages: no secrets (a digest of them will do).
+        """
+        raise NotImplementedError
 
     def dial(self) -> Any:
-        """Open a new session. Raises DialFailed (or any OSError)."""
+        """Open a new session. Raises DialFailed (or any OSError); ``permanent`` in it ends the checkout at once."""
+        raise NotImplementedError
+
+    def fileno(self, session: Any) -> int:
+        """The descriptor to watch for unread bytes and the end, -1 if there is none."""
+        raise NotImplementedError
+
+    def residence(self, session: Any) -> Residence:
+        """Does this session move? If not, why it stays with the process that dialed it: capped, ended for others in need, never shared."""
+        return Residence.no_adapter
 
     def detach(self, session: Any) -> bytes:
         """The baggage with which ``attach`` makes an equal session of a duplicate of the socket. ``session`` itself lives on."""
+        return b""
 
     def attach(self, fd: int, baggage: bytes) -> Any:
         """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it."""
+        raise NotImplementedError
 
     def is_clean(self, session: Any) -> bool:
-        """May the next user have it? Only what this process can see without I/O; the pool itself looks at the socket."""
+        """May the next user have it, as it is? Only what this process can see without I/O; the pool itself looks at the socket."""
+        return True
+
+    def tidy(self, session: Any) -> None:
+        """At return: bring it into a state in which ``is_clean`` is true (roll back, unsubscribe), with round trips if need be. Raises if it cannot."""
+
+    def transferred(self, session: Any) -> None:
+        """Another process used the session since this one did, or this one never had it: forget what was known of it, reset it if that is the policy.
+
+        Raises if the session is no good any more; it is closed then (``reset_failed``).
+        """
 
     def reset(self, session: Any) -> None:
         """Back to how it was after ``dial``; may do round trips; raises if it cannot."""
@@ -47,15 +89,25 @@ class Driver(Protocol):
 
     def close(self, session: Any) -> None:
         """End the session, politely if the protocol knows how. Never raises, never waits for long."""
+        self.abort(session)
 
     def abort(self, session: Any) -> None:
-        """Let go of this process's descriptor without a word to the server: in a forked child, or when others go on."""
+        """Let go of this process's descriptor without a word to the server: in a forked child, or when others go on. Never raises."""
+        raise NotImplementedError
 
     def forked(self) -> bool:
         """In a forked child: let go, without a word, of connections that other threads of the parent were just dialing.
 
         False: they cannot all be known. Then what the parent held counts for as long as the child lives.
         """
+        return False
 
-    def fileno(self, session: Any) -> int:
-        """The descriptor to watch for unread bytes and the end, -1 if there is none."""
+
+class AsyncDriverBase(DriverBase):
+    """A driver for ``AsyncPool``. ``is_clean`` also stops reading, so that what arrives next stays in the kernel for the next holder."""
+
+    def resume(self, session: Any) -> None:
+        """The session is ours again (lent, or about to be tidied or checked): read from it again. May be repeated."""
+
+
+Driver = DriverBase

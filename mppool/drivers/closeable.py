@@ -10,15 +10,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from mppool.errors import DialFailed, Error
+from mppool.drivers.base import DriverBase
+from mppool.errors import DialFailed
 
 __all__ = ["CloseableDriver"]
 
 
-class CloseableDriver:
+class CloseableDriver(DriverBase):
     name = "closeable"
-    baggage_version = 1
-    transferable = False
+    tidies_always = True  # a return is never plain: what nobody can end from outside is given up where others wait
 
     def __init__(self, dial: Callable[[], Any]) -> None:
         self._dial = dial
@@ -36,21 +36,6 @@ class CloseableDriver:
             raise DialFailed(f"dial={self._dial!r} made {session!r}, which has no close()", permanent=True)
         return session
 
-    def detach(self, session: Any) -> bytes:
-        return b""
-
-    def attach(self, fd: int, baggage: bytes) -> Any:
-        raise Error("these sessions stay in the process that dialed them")
-
-    def is_clean(self, session: Any) -> bool:
-        return True
-
-    def reset(self, session: Any) -> None:
-        """The user's ``reset=`` does what is to be done."""
-
-    def ping(self, session: Any) -> None:
-        """The user's ``check=`` does what is to be done."""
-
     def close(self, session: Any) -> None:
         try:
             session.close()
@@ -63,9 +48,6 @@ class CloseableDriver:
         if fd >= 0:
             with open(os.devnull, "rb") as dead:
                 os.dup2(dead.fileno(), fd, inheritable=False)
-
-    def forked(self) -> bool:
-        return False
 
     def fileno(self, session: Any) -> int:
         get = getattr(session, "fileno", None)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mppool
-from mppool.drivers.raw import FOREVER, RawDriver
+from mppool.drivers.dialer import FOREVER
+from mppool.drivers.raw import RawDriver
 from mppool.options import parse_target
 from tests.chaos.board import CAP, FULL, HIGHEST_CAP, OLDER_CAP, PACE, SHRUNK_AT, SILENT, SLOW, Board, Teller
 from tests.chaos.relay import SHRINKS
@@ -74,7 +75,7 @@ class Login(RawDriver):
             sock.settimeout(FOREVER)
         except OSError as error:
             sock.close()
-            raise mppool.DialFailed(f"{self.target}: {error}") from error
+            raise mppool.DialFailed(f"{self.dialer.target}: {error}") from error
         except BaseException:
             sock.close()
             raise

@@ -254,8 +254,6 @@ class Rows(Brokered):
 
 
 class Driver(Atomic):
-    transferable = True
-
     def detach(self, session: Any) -> bytes:
         return b""
 

@@ -15,8 +15,6 @@ __all__ = ["Permits"]
 class Driver(Atomic):
     """A connection is the number of its slot."""
 
-    transferable = True
-
     def close(self, conn: int) -> None:
         access("close", conn)
 
@@ -59,6 +57,7 @@ class Permits(World):
     def worker(self, index: int) -> Any:
         worker = super().worker(index)
         worker.driver = Driver()
+        worker.let_go = worker.driver.close
         return worker
 
     # What processes do.

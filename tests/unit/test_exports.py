@@ -24,7 +24,7 @@ PUBLIC = [
     "ProtocolError",
     "TooManyWaiting",
 ]
-METHODS = ["close", "closed", "connection", "get_stats", "getconn", "open", "putconn", "resize"]
+METHODS = ["close", "closed", "connection", "drain", "get_stats", "getconn", "open", "putconn", "resize"]
 
 
 def test_the_promised_names_are_there() -> None:
@@ -52,7 +52,7 @@ def test_public_names_are_documented(name: str) -> None:
 
 def test_a_pool_has_the_methods_it_should() -> None:
     """The public methods of ``Pool`` are those promised, psycopg_pool's names among them."""
-    found = [name for name, value in vars(mppool.Pool).items() if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))]
+    found = [name for name, value in inspect.getmembers(mppool.Pool) if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))]
     assert set(METHODS) <= set(found)
 
 

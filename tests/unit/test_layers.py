@@ -19,13 +19,13 @@ LAYERS = [
     ["wire", "exchange", "story"],
     ["drivers"],
     ["attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout"],
-    ["launch", "pool", "aio"],
+    ["launch", "shell", "pool", "aio"],
     ["keeper", "desk", "bond", "fdstore", "succession", "broker"],
     ["inspect", "supervisor"],
     ["integrations", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
-WORKERS_SIDE = {"attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout", "launch", "pool", "aio"}
+WORKERS_SIDE = {"attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout", "launch", "shell", "pool", "aio"}
 BROKERS_SIDE = {"keeper", "desk", "bond", "fdstore", "succession", "broker"}
 EDGE = {"integrations", "cli"}
 
