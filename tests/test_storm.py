@@ -12,28 +12,24 @@ from collections.abc import Callable
 import pytest
 
 import mppool
-from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually
+from tests.helpers.processes import BrokerProcess, broker_process, eventually
 from tests.helpers.server import Judge, ask
+from tests.helpers.storm import Ask, Storm
 
 pytestmark = pytest.mark.storm
 
 
-def worker(pool: mppool.Pool, name: str) -> Callable[[Child], None]:
-    """Asks without end; tells of each failure. Ends when the test closes its pipe."""
+def asks(pool: mppool.Pool) -> Callable[[], Ask]:
+    """Nothing closes a healthy lease: a ConnectionError would be a finding."""
 
-    def work(child: Child) -> None:
-        n = 0
-        while True:
-            n += 1
-            try:
-                with pool.connection(timeout=20) as sock:
-                    ask(sock, f"{name}-{n}", random.choice((0, 0, 1)))
-            except ConnectionError:
-                raise  # nothing closes a healthy lease: that would be a finding
-            if n % 200 == 0:
-                child.tell(n)
+    def begin() -> Ask:
+        def one(nonce: str) -> None:
+            with pool.connection(timeout=20) as sock:
+                ask(sock, nonce, random.choice((0, 0, 1)))
 
-    return work
+        return one
+
+    return begin
 
 
 def whole_cap(pool: mppool.Pool, size: int, within: float = 10.0) -> float:
@@ -50,44 +46,6 @@ def whole_cap(pool: mppool.Pool, size: int, within: float = 10.0) -> float:
     return time.monotonic() - began
 
 
-class Storm:
-    """Some workers, always so many, whoever is killed."""
-
-    def __init__(self, pool: mppool.Pool, count: int) -> None:
-        self.pool = pool
-        self.count = count
-        self.born = 0
-        self.children: list[Child] = []
-        self.failures: list[str] = []
-
-    def fill(self) -> None:
-        while len(self.children) < self.count:
-            self.born += 1
-            self.children.append(Child(worker(self.pool, f"w{self.born}")))
-
-    def kill_one(self) -> None:
-        child = self.children.pop(random.randrange(len(self.children)))
-        self.listen(child)
-        child.kill()
-        child.wait()
-
-    def listen(self, child: Child) -> None:
-        """Take in what a worker told so far."""
-        try:
-            while True:
-                child.hear(timeout=0)
-        except TimeoutError:
-            return
-        except (AssertionError, EOFError) as error:
-            self.failures.append(str(error))
-
-    def end(self) -> None:
-        for child in self.children:
-            self.listen(child)
-            child.end()
-        self.children.clear()
-
-
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--storm-seconds"))
@@ -99,20 +57,14 @@ def test_killed_workers_lose_nothing(server: Judge, socket_path: str, seconds: f
     cap = 4
     pool = mppool.Pool(server.address, max_size=cap, name="storm", broker=socket_path)
     broker = BrokerProcess(socket_path) if with_broker else None
-    storm = Storm(pool, 8)
-    kills = 0
+    storm = Storm(asks(pool), 8)
     try:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            storm.fill()
-            time.sleep(random.uniform(0.0, 0.06))
-            storm.kill_one()
-            kills += 1
+        storm.run(seconds, kill_every=0.03)
         storm.end()
         took = whole_cap(pool, cap)
         counts = server.counts()
         stats = pool.get_stats()
-        print(f"\nkills {kills}, peak {counts['peak']}, dials {counts['dials']}, requests {counts['requests']}, whole after {took * 1000:.1f} ms")
+        print(f"\nkills {storm.kills}, peak {counts['peak']}, dials {counts['dials']}, requests {counts['requests']}, whole after {took * 1000:.1f} ms")
         print(f"{stats['repairs']} repairs, closed {stats['closed']}")
         assert storm.failures == []
         assert counts["peak"] <= cap + 1
@@ -129,7 +81,7 @@ def test_killed_brokers_fail_no_request(server: Judge, socket_path: str, seconds
     """The broker SIGKILLed again and again under load: no request fails, the cap holds."""
     cap = 3
     pool = mppool.Pool(server.address, max_size=cap, name="brokers", broker=socket_path)
-    storm = Storm(pool, 8)
+    storm = Storm(asks(pool), 8)
     kills = 0
     with broker_process(socket_path) as broker:
         try:
@@ -141,7 +93,7 @@ def test_killed_brokers_fail_no_request(server: Judge, socket_path: str, seconds
                 kills += 1
                 time.sleep(random.uniform(0.0, 0.3))
                 broker.restart()
-            eventually(lambda: all(child.hear(20) for child in storm.children))
+            eventually(lambda: all(child.hear(20) for _, child in storm.children))
             storm.end()
             took = whole_cap(pool, cap)
             counts = server.counts()
