@@ -30,7 +30,7 @@ from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import Hands, Worker
 
-__all__ = ["checkout"]
+__all__ = ["checkout", "timed_out"]
 
 FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table while there is no broker
 
@@ -79,15 +79,18 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     pause = FIRST_POLL
     front = False
     settle_strays(worker)
-    yield from settle_abandoned(worker)
+    yield from settle_abandoned(hands)
     yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
-        crowded = len(worker.lanes) < worker.table.slots // 2  # so many threads wait here that claims need the rest of our lanes
-        line = None if crowded else (yield from connect(worker))
+        line = None if is_crowded(worker) else (yield from connect(worker))
+        crowded = is_crowded(worker)  # anew: others may have come meanwhile
+        if line is not None and crowded:
+            worker.lines.append(line)
+            line = None
         if line is None:
             if not (crowded and worker.must_queue()):
                 yield from alone.reclaim(hands)
@@ -112,6 +115,11 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
                 return held
 
 
+def is_crowded(worker: Worker) -> bool:
+    """Do so many wait here that claims need the rest of our lanes?"""
+    return len(worker.lanes) < worker.table.slots // 2
+
+
 def give_up_idle(hands: Hands) -> Story[None]:
     """Sessions that nobody can end from outside: with others waiting before us, our idle ones make room for them."""
     worker = hands.worker
@@ -131,6 +139,7 @@ def count_wait(worker: Worker, seconds: float) -> None:
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:
+    """What is raised when the time is over."""
     error = PoolTimeout(f"no session within {timeout:g} s ({numbers(worker.table)})")
     if worker.words[W_FAILURES]:
         error.__cause__ = DialFailed(worker.table.text("dial_error"))

@@ -280,18 +280,21 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
         pass
 
 
-def settle_abandoned(worker: Worker) -> Story[None]:
+def settle_abandoned(hands: Hands) -> Story[None]:
     """Before we wait again: read the answers to earlier waits that an exception ended. What was granted to them goes back."""
+    worker = hands.worker
     for _ in range(len(worker.abandoned)):
         try:
             line, lane = worker.abandoned.popleft()
         except IndexError:
-            return  # another thread is at it
+            return  # another thread, or task, is at it
         try:
+            hands.take(lane)  # in our hands while we wait: it would be taken for a stray
             until = time.monotonic() + ANSWER / 4
             while True:
                 answer = yield Receive(line, until)
                 if answer is None:
+                    lane.owner = 0
                     worker.abandoned.append((line, lane))
                     break
                 if answer[1] is not None:
@@ -306,5 +309,6 @@ def settle_abandoned(worker: Worker) -> Story[None]:
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:
+            lane.owner = 0
             worker.abandoned.append((line, lane))
             raise

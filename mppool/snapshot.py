@@ -33,7 +33,7 @@ from mppool.table import (
     row_is_alive,
 )
 
-__all__ = ["numbers", "percentiles", "snapshot"]
+__all__ = ["numbers", "percentiles", "snapshot", "waiting"]
 
 
 def numbers(table: Table) -> str:
@@ -48,6 +48,7 @@ def numbers(table: Table) -> str:
 
 
 def waiting(table: Table) -> int:
+    """How many callers wait for a session, in all processes."""
     return sum(table.words[table.row_at(row) + R_WAITING] for row in table.taken_rows())
 
 

@@ -9,8 +9,8 @@ A driver derives from ``DriverBase`` and fills in what its protocol has: at the 
     dial ── lent ── is_clean? ── tidy ── idle ── transferred ── lent ── ... ── close
               │          in another process:  attach ── transferred ── lent ── ...
 
-For ``AsyncPool`` a driver may make coroutine functions of those that talk to the server: ``dial``, ``attach``, ``tidy``,
-``transferred``, ``reset``, ``ping``, ``close``. The others never wait for anything.
+For ``AsyncPool`` a driver derives from ``AsyncDriverBase`` and may make coroutine functions of those that talk to the server:
+``dial``, ``attach``, ``tidy``, ``transferred``, ``reset``, ``ping``, ``close``. The others never wait for anything.
 """
 
 from __future__ import annotations
@@ -104,7 +104,18 @@ class DriverBase:
 
 
 class AsyncDriverBase(DriverBase):
-    """A driver for ``AsyncPool``. ``is_clean`` also stops reading, so that what arrives next stays in the kernel for the next holder."""
+    """A driver for ``AsyncPool``. ``is_clean`` also stops reading, so that what arrives next stays in the kernel for the next holder.
+
+    The methods that talk to the server may be coroutine functions here. Where ``close`` is one, ``abort`` ends sessions that are gone already.
+    """
+
+    def tidy(self, session: Any) -> Any: ...
+    def transferred(self, session: Any) -> Any: ...
+    def reset(self, session: Any) -> Any: ...
+    def ping(self, session: Any) -> Any: ...
+
+    def close(self, session: Any) -> Any:
+        self.abort(session)
 
     def resume(self, session: Any) -> None:
         """The session is ours again (lent, or about to be tidied or checked): read from it again. May be repeated."""

@@ -12,6 +12,8 @@ import pytest
 import mppool
 
 PUBLIC = [
+    "AsyncLease",
+    "AsyncPool",
     "BrokerUnavailable",
     "ConfigMismatch",
     "DialFailed",
@@ -34,8 +36,10 @@ def test_the_promised_names_are_there() -> None:
 
 def test_the_public_names_are_exactly_all() -> None:
     """Whatever can be reached as ``mppool.x`` without an underscore is in ``__all__``, but for submodules; and it is sorted."""
-    reached = {name for name, thing in vars(mppool).items() if not name.startswith("_") and not isinstance(thing, types.ModuleType)}
-    assert reached == set(mppool.__all__)
+    plain = {name for name, thing in vars(mppool).items() if not name.startswith("_") and not isinstance(thing, types.ModuleType)}
+    on_demand = {"AsyncLease", "AsyncPool"}  # with asyncio
+    assert plain - {"TYPE_CHECKING", "Any"} | on_demand == set(mppool.__all__)
+    assert {getattr(mppool, name).__name__ for name in on_demand} == on_demand
     assert list(mppool.__all__) == sorted(mppool.__all__)
 
 
@@ -50,9 +54,10 @@ def test_public_names_are_documented(name: str) -> None:
                 assert inspect.getdoc(value), f"{name}.{method} has no docstring"
 
 
-def test_a_pool_has_the_methods_it_should() -> None:
-    """The public methods of ``Pool`` are those promised, psycopg_pool's names among them."""
-    found = [name for name, value in inspect.getmembers(mppool.Pool) if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))]
+@pytest.mark.parametrize("kind", [mppool.Pool, mppool.AsyncPool])
+def test_a_pool_has_the_methods_it_should(kind: type) -> None:
+    """The public methods of both pools are those promised, psycopg_pool's names among them."""
+    found = [name for name, value in inspect.getmembers(kind) if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))]
     assert set(METHODS) <= set(found)
 
 

@@ -1,0 +1,199 @@
+"""Raw sockets and streams for asyncio, and what every driver of asyncio transports needs: to stop reading, and to let go silently."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import Any, NamedTuple
+
+from mppool.drivers.base import AsyncDriverBase
+from mppool.drivers.dialer import Dialer, abandon, addresses, adopt, dial_failed, prepare
+from mppool.options import Target
+from mppool.states import Residence
+
+__all__ = ["AsyncDialer", "AsyncRawDriver", "StreamDriver", "Streams", "drop"]
+
+
+class AsyncDialer(Dialer):
+    """As Dialer, without blocking; host names are looked up by the loop."""
+
+    async def connect(self) -> socket.socket:
+        """A connected, non-blocking socket. Raises DialFailed; permanent if the host name does not exist."""
+        try:
+            return await asyncio.wait_for(self._first(), self.connect_timeout)
+        except asyncio.TimeoutError:
+            raise dial_failed(self.target, TimeoutError(f"no connection within connect_timeout={self.connect_timeout:g} s")) from None
+        except (OSError, UnicodeError) as error:
+            raise dial_failed(self.target, error) from error
+
+    async def _first(self) -> socket.socket:
+        failure: OSError | None = None
+        for family, address in await self._addresses():
+            try:
+                return await self._try(family, address)
+            except OSError as error:
+                failure = error
+        raise failure or OSError(f"no address for {self.target.host!r}")
+
+    async def _addresses(self) -> list[tuple[int, Any]]:
+        host, port = self.target.host, self.target.port
+        if self.target.kind == "unix":
+            return [(socket.AF_UNIX, host)]
+        if host.replace(".", "").isdigit() or ":" in host:
+            return addresses(host, port)  # as given: nothing to look up
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return [(family, address) for family, _, _, _, address in found]
+
+    async def _try(self, family: int, address: Any) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        self.remember(sock)
+        try:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, address)
+            prepare(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class AsyncRawDriver(AsyncDriverBase):
+    """Lends non-blocking sockets, for ``loop.sock_recv``, ``loop.sock_sendall`` and their like."""
+
+    name = "raw"
+
+    def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
+        self.dialer = AsyncDialer(target, connect_timeout)
+
+    def key(self) -> str:
+        return "raw/1"
+
+    async def dial(self) -> socket.socket:
+        return await self.dialer.connect()
+
+    def fileno(self, session: socket.socket) -> int:
+        return session.fileno()
+
+    def residence(self, session: socket.socket) -> Residence:
+        return Residence.moves
+
+    def attach(self, fd: int, baggage: bytes) -> socket.socket:
+        sock = adopt(fd)
+        sock.setblocking(False)
+        return sock
+
+    def is_clean(self, session: socket.socket) -> bool:
+        """Not closed, no ``makefile()`` left that may have read ahead, no reader left in the loop. Puts the mode back."""
+        fd = session.fileno()
+        if fd < 0 or session._io_refs:  # type: ignore[attr-defined]
+            return False
+        if session.timeout != 0.0:
+            session.setblocking(False)
+        loop = asyncio.get_running_loop()
+        # One that watches still would be told of every reply that others get; was a call of it given up half-way, too.
+        return not loop.remove_reader(fd) and not loop.remove_writer(fd)
+
+    def close(self, session: socket.socket) -> None:
+        session.close()
+
+    def abort(self, session: socket.socket) -> None:
+        abandon(session)
+
+    def forked(self) -> bool:
+        return self.dialer.forked()
+
+
+class Streams(NamedTuple):
+    """What a pool with ``streams=True`` lends: ``reader, writer = conn``."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+class StreamDriver(AsyncDriverBase):
+    """Lends ``(StreamReader, StreamWriter)``. A reader that has read ahead, or a writer that has yet to write, makes a session unfit for others."""
+
+    name = "raw"
+
+    def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
+        self.dialer = AsyncDialer(target, connect_timeout)
+
+    def key(self) -> str:
+        return "raw/1"
+
+    async def dial(self) -> Streams:
+        return await self._wrap(await self.dialer.connect())
+
+    def fileno(self, session: Streams) -> int:
+        return fileno(session.writer.transport)
+
+    def residence(self, session: Streams) -> Residence:
+        return Residence.moves
+
+    async def attach(self, fd: int, baggage: bytes) -> Streams:
+        sock = adopt(fd)
+        sock.setblocking(False)
+        return await self._wrap(sock)
+
+    async def _wrap(self, sock: socket.socket) -> Streams:
+        try:
+            return Streams(*await asyncio.open_connection(sock=sock))
+        except BaseException:
+            abandon(sock)
+            raise
+
+    def is_clean(self, session: Streams) -> bool:
+        transport: Any = session.writer.transport
+        if transport.is_closing():
+            return False
+        transport.pause_reading()  # first: what comes after this line stays in the kernel
+        reader: Any = session.reader
+        return not (reader._buffer or reader.at_eof() or reader.exception() or transport.get_write_buffer_size())
+
+    def resume(self, session: Streams) -> None:
+        transport: Any = session.writer.transport
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def close(self, session: Streams) -> None:
+        session.writer.close()
+
+    def abort(self, session: Streams) -> None:
+        drop(session.writer.transport)
+
+    def forked(self) -> bool:
+        return self.dialer.forked()
+
+
+def fileno(transport: asyncio.BaseTransport) -> int:
+    """The transport's descriptor, -1 if it is closed."""
+    sock = transport.get_extra_info("socket")
+    return sock.fileno() if sock is not None else -1
+
+
+def drop(transport: asyncio.BaseTransport) -> None:
+    """Let go of a transport's connection without a word to the server; others may go on with theirs.
+
+    Where its loop does not run (in a forked child, whose epoll is the parent's, or after the loop's end) the loop is not touched:
+    the descriptor becomes a dead socket's, which the transport may close when it likes.
+    """
+    here = running()
+    if here is not None and getattr(transport, "_loop", here) is here:  # (uvloop's transports do not tell)
+        transport.abort()  # type: ignore[attr-defined]
+        return
+    fd = fileno(transport)
+    if fd >= 0:
+        with socket.socket() as dead:
+            os.dup2(dead.fileno(), fd, inheritable=False)
+        own: Any = getattr(transport, "_sock", None)
+        if own is not None:  # asyncio's transports: closed, as far as they can tell; else they warn of it
+            own.close()
+            vars(transport).update(_sock=None, _closing=True)
+
+
+def running() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
