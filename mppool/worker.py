@@ -14,13 +14,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from mppool import claims
 from mppool.attached import Entry
 from mppool.claims import Lane, Slot, named
-from mppool.drivers.base import Driver
+from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.errors import Error
 from mppool.kernel.process import ForkGuard, check_descriptors
 from mppool.kernel.runtime import check_if_there, pool_id
@@ -132,7 +131,7 @@ class Hands:
 class Worker:
     """One process's part in one pool. Everything here is this process's own, or shared memory."""
 
-    def __init__(self, name: str, target: str, driver: Driver, options: Options, path: str) -> None:
+    def __init__(self, name: str, target: str, driver: DriverBase, options: Options, path: str) -> None:
         """Attach to the pool, made if it is not there, and take a row. Raises ConfigMismatch, Error; leaves nothing behind if it does."""
         check_if_there(path)
         check_descriptors(2 * options.max_size + 16, f"pool {name!r} with max_size={options.max_size}")
@@ -175,7 +174,7 @@ class Worker:
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
         self.returns_plainly = driver.is_clean if options.reset is None and not options.debug and not driver.tidies_always else never
         self.takes_foreign = not driver.minds_transfer
-        self.let_go = driver.abort if is_coroutine(driver.close) else driver.close
+        self.let_go = driver.abort if isinstance(driver, AsyncDriverBase) else driver.close  # of what has ended
         self.stories: dict[int, weakref.ref[Hands]] = {}  # (not a WeakSet: what a signal handler throws in its callbacks is swallowed)
         self.waiting: set[Hands] = set()
         self.credit = 0  # see may_overtake
@@ -551,8 +550,3 @@ class Worker:
 
 def never(_session: Any) -> bool:
     return False
-
-
-def is_coroutine(function: Callable[..., Any]) -> bool:
-    """Is it an ``async def``? (As inspect says, which is not worth importing in every worker.)"""
-    return bool(getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80)

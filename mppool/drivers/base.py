@@ -19,7 +19,7 @@ from typing import Any
 
 from mppool.states import Residence
 
-__all__ = ["AsyncDriverBase", "Driver", "DriverBase"]
+__all__ = ["AsyncDriverBase", "DriverBase"]
 
 
 class DriverBase:
@@ -106,7 +106,7 @@ class DriverBase:
 class AsyncDriverBase(DriverBase):
     """A driver for ``AsyncPool``. ``is_clean`` also stops reading, so that what arrives next stays in the kernel for the next holder.
 
-    The methods that talk to the server may be coroutine functions here. Where ``close`` is one, ``abort`` ends sessions that are gone already.
+    The methods that talk to the server may be coroutine functions here. ``abort`` is also for sessions that have ended already.
     """
 
     def tidy(self, session: Any) -> Any: ...
@@ -119,6 +119,3 @@ class AsyncDriverBase(DriverBase):
 
     def resume(self, session: Any) -> None:
         """The session is ours again (lent, or about to be tidied or checked): read from it again. May be repeated."""
-
-
-Driver = DriverBase
