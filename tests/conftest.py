@@ -12,6 +12,7 @@ import pytest
 
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
+from tests.helpers.postgres import Database, Postgres, postgres
 from tests.helpers.processes import BrokerProcess, broker_process, eventually
 from tests.helpers.server import Judge, judge
 
@@ -55,6 +56,21 @@ def server() -> Iterator[Judge]:
 def broker(socket_path: str) -> Iterator[BrokerProcess]:
     with broker_process(socket_path) as it:
         yield it
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """One PostgreSQL for all tests of a run."""
+    with postgres() as it:
+        yield it
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[Database]:
+    """A database and a login of this test's own."""
+    it = Database(postgres_server)
+    yield it
+    it.drop()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

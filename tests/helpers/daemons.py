@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,10 @@ def listens(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def daemon(command: Sequence[str], port: int, log: Path, user: str | int | None = None, patience: float = 30.0) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in the foreground that listens on ``port``; AssertionError with what it printed if it does not. SIGKILLed afterwards."""
+def daemon(
+    command: Sequence[str], port: int, log: Path, user: str | int | None = None, patience: float = 30.0, stop: str = "SIGKILL"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in the foreground that listens on ``port``; AssertionError with what it printed if it does not. Ended by the signal ``stop`` afterwards."""
     with open(log, "ab") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, preexec_fn=die_with_parent, user=user, group=user)
     try:
@@ -47,5 +50,9 @@ def daemon(command: Sequence[str], port: int, log: Path, user: str | int | None 
         assert process.poll() is None, f"{command[0]} ended with exit code {process.returncode}: {log.read_text(errors='replace')[-2000:]}"
         yield process
     finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.Signals[stop])
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
