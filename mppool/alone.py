@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 from mppool import claims
+from mppool.attached import Entry
+from mppool.kernel.farewell import Farewell
 from mppool.reclaim import PAUSE
 from mppool.returning import free
 from mppool.states import CloseReason, State
-from mppool.story import Pause, Story
+from mppool.story import Ended, Pause, Story
+from mppool.table import W_CLOSE_TIMEOUT
 from mppool.worker import Hands
 
 __all__ = ["reclaim"]
@@ -29,20 +35,44 @@ def reclaim(hands: Hands) -> Story[None]:
         suspects = reclaimer.suspects(dead)
         if suspects:
             yield Pause(PAUSE)
-        for case in reclaimer.convicted(suspects, dead):
-            entry = worker.attached(case.k)
-            if entry is not None:
-                worker.sever(entry)
-            elif worker.words[worker.table.spread + case.k] == worker.words[worker.generation_at + case.k] + 1:
+        convicted = reclaimer.convicted(suspects, dead)
+        yield from end_sessions(hands, [entry for entry in (worker.attached(case.k) for case in convicted) if entry is not None])
+        for case in convicted:
+            if worker.attached(case.k) is None and worker.words[worker.table.spread + case.k] == worker.words[worker.generation_at + case.k] + 1:
                 continue
             with worker.permits.section() as inside:
                 if inside:
                     reclaimer.bury(case)
+            worker.attached(case.k)  # which lets go of what has ended
         for k in reclaimer.left_at_home(dead):
             yield from bury_unshared(hands, k)
         reclaimer.free_rows(dead)
     finally:
         hands.stop_reclaiming()
+
+
+def end_sessions(hands: Hands, entries: list[Entry]) -> Story[None]:
+    """Sessions that dead processes held end, at the server, too, or ``close_timeout`` is over; all of them at once."""
+    worker = hands.worker
+    farewells = []
+    for entry in entries:
+        entry.shutdown(socket.SHUT_WR)
+        word = worker.driver.farewell(entry.conn)
+        if word and entry.sock is not None:
+            farewells.append(Farewell(entry.sock, word))
+    until = time.monotonic() + worker.words[W_CLOSE_TIMEOUT] / 1e9
+    try:
+        while farewells and time.monotonic() < until:
+            farewells = [farewell for farewell in farewells if not farewell.is_said()]
+            yield Pause(0.0005)
+        for entry in entries:
+            if entry.sock is not None:
+                yield Ended(entry.sock, max(0.0, until - time.monotonic()))
+    finally:
+        for farewell in farewells:
+            farewell.close()
+        for entry in entries:
+            entry.shutdown(socket.SHUT_RDWR)
 
 
 def bury_unshared(hands: Hands, k: int) -> Story[None]:

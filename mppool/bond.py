@@ -170,11 +170,11 @@ class Bond:
         sock = take_socket(fd)
         if sock is None:
             return False
-        ident, baggage = unpack_held(message.body)
+        ident, body = unpack_held(message.body)
         desk, k = self.desks.get(ident), message.number
         if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial and desk.table.is_session(k, fd):
             if desk.current(k) is None and k not in desk.closing:
-                duplicate = Duplicate(message.serial, sock, baggage, bool(message.flags & RESIDENT))
+                duplicate = Duplicate(message.serial, sock, body, bool(message.flags & RESIDENT))
                 duplicate.kept = kept
                 desk.adopt(k, duplicate)
             else:
@@ -282,4 +282,4 @@ class Bond:
 
 
 def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:
-    return Message(Kind.PUT, k, duplicate.generation, RESIDENT if duplicate.resident else 0, pack_held(desk.ident, duplicate.baggage))
+    return Message(Kind.PUT, k, duplicate.generation, RESIDENT if duplicate.resident else 0, pack_held(desk.ident, duplicate.body))

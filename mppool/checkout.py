@@ -103,7 +103,7 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
         turn = yield from wait_turn(hands, line, until, front)
         front = turn.dial or turn.lane is not None  # whose turn came to nothing is still the first
         if turn.lane is not None:
-            entry = yield from receive_grant(hands, turn.lane, turn.given, turn.baggage)
+            entry = yield from receive_grant(hands, turn.lane, turn.given, turn.body)
             if entry is None:
                 front = False  # whatever keeps us from having it may last
                 yield Pause(FIRST_POLL)
@@ -201,13 +201,13 @@ def take(hands: Hands, k: int) -> Story[Held | None]:
     return (lane, entry) if (yield from fit(hands, lane, entry)) else None
 
 
-def receive_grant(hands: Hands, lane: Lane, given: Descriptor | None, baggage: bytes) -> Story[Entry | None]:
+def receive_grant(hands: Hands, lane: Lane, given: Descriptor | None, body: bytes) -> Story[Entry | None]:
     """The broker granted us a session: find our entry for it, attach the descriptor that came with it, or fetch one."""
     worker = hands.worker
     k = claims.named(worker.words[lane.at])
     entry = worker.attached(k)
     if entry is None:
-        entry = (yield from attach(worker, k, given, baggage)) if given is not None else (yield from fetch(worker, k))
+        entry = (yield from attach(worker, k, given, body)) if given is not None else (yield from fetch(worker, k))
     elif given is not None:
         given.close()
     if entry is None:

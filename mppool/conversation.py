@@ -18,7 +18,7 @@ from mppool.errors import BrokerUnavailable, Error, TooManyWaiting
 from mppool.line import Descriptor, Line, LineLost, Received
 from mppool.story import Attach, Receive, Story
 from mppool.table import R_FETCHES, R_REJECTED, W_BEAT, W_EPOCH
-from mppool.wire import FRONT, RESIDENT, Kind, Message
+from mppool.wire import FRONT, MAX_BAGGAGE, RESIDENT, Kind, Message, pack_session, unpack_session
 from mppool.worker import Hands, Worker
 
 __all__ = ["attach", "connect", "fetch", "settle_abandoned", "share", "wait_turn"]
@@ -94,9 +94,12 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
         return
     if entry.sock is None:
         return
+    driver = worker.driver
+    body = pack_session(driver.detach(entry.conn), driver.farewell(entry.conn))
+    if len(body) > MAX_BAGGAGE:
+        raise Error(f"driver {driver.name!r}: a baggage of {len(body)} bytes, and at most {MAX_BAGGAGE} may be")
     words[table.spread + k] = entry.generation + 1  # before: from now on it may live longer than this process
-    flags = RESIDENT if entry.residence else 0
-    line.send(Message(Kind.SHARE, k, entry.generation, flags, worker.driver.detach(entry.conn)), entry.sock.fileno())
+    line.send(Message(Kind.SHARE, k, entry.generation, RESIDENT if entry.residence else 0, body), entry.sock.fileno())
 
 
 def share(worker: Worker, entry: Entry) -> Story[None]:
@@ -140,7 +143,7 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
             line.close()  # a late answer must not be taken for the next one
 
 
-def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[Entry | None]:
+def attach(worker: Worker, k: int, given: Descriptor, body: bytes) -> Story[Entry | None]:
     """A session of the descriptor that the broker gave us for slot k, which we hold. None if it is anything else than that session's socket.
 
     Raises Error if it cannot be attached here; the session is what it was.
@@ -150,7 +153,7 @@ def attach(worker: Worker, k: int, given: Descriptor, baggage: bytes) -> Story[E
         if not worker.table.is_session(k, given.fileno()):
             log.error("pool %r: the broker gave another socket for slot %d than was dialed there", worker.table.text("name"), k)
             return None
-        conn = yield Attach(given.fileno(), baggage)
+        conn = yield Attach(given.fileno(), unpack_session(body)[0])
         entry = worker.attach(k, conn)
         entry.uses = NEVER
     except Exception as error:
@@ -169,11 +172,11 @@ class Turn(NamedTuple):
 
     lane: Lane | None = None
     given: Descriptor | None = None
-    baggage: bytes = b""
+    body: bytes = b""
     dial: bool = False
 
     def __repr__(self) -> str:
-        return f"Turn(dial={self.dial}, lane={self.lane is not None}, {len(self.baggage)} bytes)"  # which may be secret
+        return f"Turn(dial={self.dial}, lane={self.lane is not None}, {len(self.body)} bytes)"  # which may be secret
 
 
 def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn]:
@@ -226,7 +229,7 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
         named_there = named(worker.words[lane.at]) == message.number
         turn = granted(worker, lane)
         if named_there:
-            return turn._replace(given=given, baggage=message.body)
+            return turn._replace(given=given, body=message.body)
         if given is not None:
             given.close()
         return turn

@@ -1,4 +1,4 @@
-"""The broker's side of one pool: its duplicates and baggage, the queue, closing and reclaiming.
+"""The broker's side of one pool: its duplicates and body, the queue, closing and reclaiming.
 
 Everything here runs in the broker's one thread and never waits: what takes time is remembered and looked at again.
 """
@@ -18,6 +18,7 @@ from mppool.claims import Evidence, Lane, Slot
 from mppool.errors import ProtocolError
 from mppool.exchange import Facts, Queue, plan_evictions
 from mppool.kernel import link as wires
+from mppool.kernel.farewell import Farewell
 from mppool.kernel.locks import LockFile
 from mppool.permits import Permits
 from mppool.reclaim import PAUSE, Reclaimer, free_slot
@@ -42,7 +43,7 @@ from mppool.table import (
     Table,
     row_is_alive,
 )
-from mppool.wire import FRONT, RESIDENT, Kind, Message, encode
+from mppool.wire import FRONT, RESIDENT, Kind, Message, encode, unpack_session
 
 __all__ = ["Desk", "Duplicate", "WorkerLink", "shut", "take_socket"]
 
@@ -57,12 +58,12 @@ RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is 
 class Duplicate:
     """A session's socket as the broker has it. Owns ``sock``."""
 
-    __slots__ = ("baggage", "generation", "kept", "resident", "sock")
+    __slots__ = ("body", "generation", "kept", "resident", "sock")
 
-    def __init__(self, generation: int, sock: socket.socket, baggage: bytes, resident: bool) -> None:
+    def __init__(self, generation: int, sock: socket.socket, body: bytes, resident: bool) -> None:
         self.generation = generation
         self.sock = sock
-        self.baggage = baggage
+        self.body = body  # as it was shared: see wire.pack_session
         self.resident = resident
         self.kept = False  # has the keeper got it, too?
 
@@ -136,6 +137,7 @@ class Desk:
         self.closing: dict[int, Closing] = {}
         self.cases: list[Evidence] = []
         self.cases_due = 0.0
+        self.farewells: list[Farewell] = []
         self.dead: set[int] = set()
         self.look_at = 0.0  # when to look at dead rows again that could not be settled
         self.look_pause = LOOK_AGAIN
@@ -206,7 +208,7 @@ class Desk:
 
     # Duplicates.
 
-    def share(self, link: WorkerLink, k: int, generation: int, fd: int, baggage: bytes, resident: bool) -> None:
+    def share(self, link: WorkerLink, k: int, generation: int, fd: int, body: bytes, resident: bool) -> None:
         if k >= self.table.slots or self.words[self.table.generation + k] != generation or not self.table.is_session(k, fd):
             os.close(fd)  # ended meanwhile, or no session of ours
             return
@@ -216,7 +218,7 @@ class Desk:
             return
         sock = take_socket(fd)
         if sock is not None:
-            self.adopt(k, Duplicate(generation, sock, baggage, resident))
+            self.adopt(k, Duplicate(generation, sock, body, resident))
 
     def adopt(self, k: int, duplicate: Duplicate) -> None:
         """A duplicate is ours now, in the place of any older one; it goes to the keeper before others may know."""
@@ -255,7 +257,7 @@ class Desk:
         duplicate = self.current(k) if k < self.table.slots else None
         if duplicate is None or duplicate.generation != generation or duplicate.resident:
             link.send(Message(Kind.GONE, k))
-        elif link.send(Message(Kind.SESSION, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
+        elif link.send(Message(Kind.SESSION, k, generation, body=duplicate.body), duplicate.sock.fileno()):
             self.known.setdefault(link.home, {})[k] = generation
         else:
             link.send(Message(Kind.GONE, k))  # too many descriptors of this user are on their way, say
@@ -336,7 +338,7 @@ class Desk:
         known = self.known.setdefault(link.home, {})
         if duplicate is None or duplicate.generation != generation or known.get(k) == generation:
             link.send(Message(Kind.GRANT, k, generation))
-        elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.baggage), duplicate.sock.fileno()):
+        elif link.send(Message(Kind.GRANT, k, generation, body=duplicate.body), duplicate.sock.fileno()):
             known[k] = generation
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
@@ -376,13 +378,30 @@ class Desk:
         """End a session that our ``lane`` holds, or whose holder was convicted: say so to the server and wait for its end."""
         self.table.move(k, State.CLOSING)
         sock = None
-        if self.current(k) is not None:
+        duplicate = self.current(k)
+        if duplicate is not None:
+            if case is not None:
+                self.say_farewell(duplicate)
             # The keeper's duplicate stays until the slot is free: should we die before, the next broker needs it to bring this to its end.
             sock = self.duplicates.pop(k).sock
             shut(sock, socket.SHUT_WR)
         until = time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9
         self.closing[k] = Closing(k, self.words[self.table.generation + k], sock, until, reason, lane, case)
         self.finish_closing()
+
+    def say_farewell(self, duplicate: Duplicate) -> None:
+        """The holder has died, perhaps in the middle of a request: the server need not go on with it."""
+        word = unpack_session(duplicate.body)[1]
+        if word:
+            self.farewells.append(Farewell(duplicate.sock, word))
+            self.finish_farewells()
+
+    def finish_farewells(self) -> None:
+        """Those that cannot be said for as long as a session may take to end are given up with it."""
+        if not self.closing:
+            for farewell in self.farewells:
+                farewell.close()
+        self.farewells = [farewell for farewell in self.farewells if not farewell.is_said()]
 
     def finish_closing(self) -> None:
         """Those that have ended, at the server too, give their permits back."""
@@ -528,6 +547,7 @@ class Desk:
             for k in self.table.find_all(State.IN_USE):
                 duplicate = self.current(k)
                 if duplicate is not None and now - since[k] > limit:
+                    self.say_farewell(duplicate)
                     shut(duplicate.sock, socket.SHUT_RDWR)
 
     def due(self) -> float:
@@ -554,6 +574,8 @@ class Desk:
             self.look_for_dead()
         if self.closing:
             self.finish_closing()
+        if self.farewells:
+            self.finish_farewells()
         if self.queue and self.words[W_FAILURES]:
             self.serve()
 
@@ -569,6 +591,8 @@ class Desk:
         for duplicate in self.duplicates.values():
             duplicate.sock.close()
         self.duplicates.clear()
+        for farewell in self.farewells:
+            farewell.close()
         for closing in self.closing.values():
             if closing.sock is not None:
                 shut(closing.sock, socket.SHUT_RDWR)

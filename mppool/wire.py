@@ -4,7 +4,7 @@ A link carries one conversation at a time, so an answer needs no number: a worke
 links. A message is a fixed head and, for some, a body of bytes (a session's baggage, or a sentence for humans):
 
     HELLO     worker -> broker    pool (body), row, incarnation           answered WELCOME or REFUSED
-    SHARE     worker -> broker    slot, generation, baggage + descriptor  a duplicate of a session, so that others can attach
+    SHARE     worker -> broker    slot, generation, session + descriptor  a duplicate of a session, so that others can attach
     SHOWN     worker -> broker    everything this process has was shared
     FETCH     worker -> broker    slot, generation                        answered SESSION + descriptor, or GONE
     WAIT      worker -> broker    lane, FRONT if it was first before      answered, when its turn comes, GRANT or DIAL; or TOO_MANY
@@ -29,9 +29,23 @@ from mppool.errors import ProtocolError
 from mppool.kernel.link import MAX_MESSAGE
 from mppool.options import MAX_SLOTS
 
-__all__ = ["FRONT", "MAX_BAGGAGE", "RESIDENT", "Kind", "Message", "OtherVersion", "decode", "encode", "is_pool", "pack_held", "unpack_held"]
+__all__ = [
+    "FRONT",
+    "MAX_BAGGAGE",
+    "RESIDENT",
+    "Kind",
+    "Message",
+    "OtherVersion",
+    "decode",
+    "encode",
+    "is_pool",
+    "pack_held",
+    "pack_session",
+    "unpack_held",
+    "unpack_session",
+]
 
-WIRE_VERSION = 0xA1  # A: mppool; anything else that begins otherwise is not ours
+WIRE_VERSION = 0xA2  # A: mppool; anything else that begins otherwise is not ours
 MAX_BAGGAGE = 64 * 1024
 
 FRONT = 1  # flag of WAIT
@@ -107,6 +121,17 @@ def decode(data: bytes, descriptors: int) -> Message:
     if number > MAX_SLOTS * 4:
         raise ProtocolError(f"{kind.name} names place {number}")
     return Message(kind, number, serial, flags, data[_HEAD.size :])
+
+
+def pack_session(baggage: bytes, farewell: bytes) -> bytes:
+    """The body of SHARE, SESSION and GRANT: how to attach the session, and what to say to the server if its holder dies."""
+    return bytes([len(farewell)]) + farewell + baggage
+
+
+def unpack_session(body: bytes) -> tuple[bytes, bytes]:
+    """Baggage and farewell; whatever the bytes are."""
+    size = body[0] if body else 0
+    return body[1 + size :], body[1 : 1 + size]
 
 
 def pack_held(ident: str, baggage: bytes) -> bytes:

@@ -64,6 +64,13 @@ class DriverBase:
         """The baggage with which ``attach`` makes an equal session of a duplicate of the socket. ``session`` itself lives on."""
         return b""
 
+    def farewell(self, session: Any) -> bytes:
+        """What to say to the server, on a connection of its own, if a holder dies in the middle of a request: a PostgreSQL cancel request, say.
+
+        At most 255 bytes; b"" is nothing. Whoever takes the session back says it, so that the server does not work on for nobody.
+        """
+        return b""
+
     def attach(self, fd: int, baggage: bytes) -> Any:
         """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it."""
         raise NotImplementedError

@@ -254,6 +254,9 @@ class Rows(Brokered):
 
 
 class Driver(Atomic):
+    def farewell(self, session: Any) -> bytes:
+        return b""
+
     def detach(self, session: Any) -> bytes:
         return b""
 

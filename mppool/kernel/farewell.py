@@ -1,0 +1,45 @@
+"""A last word to a server, on a connection of its own: what ends a request whose asker has died."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import socket
+
+__all__ = ["Farewell"]
+
+
+class Farewell:
+    """Says ``word`` to the other end of ``sock``, without waiting: call ``is_said`` until it is true. Owns a socket of its own meanwhile.
+
+    It may fail, quietly: the server then finds out by itself that nobody wants the answer.
+    """
+
+    def __init__(self, sock: _socket.socket, word: bytes) -> None:
+        self.word = word
+        self.own: socket.socket | None = None
+        try:
+            self.own = socket.socket(sock.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self.own.connect(sock.getpeername())
+        except BlockingIOError:
+            pass  # under way
+        except OSError:
+            self.close()
+
+    def is_said(self) -> bool:
+        """Nothing is left to do: the kernel has the word, or it cannot be said."""
+        try:
+            if self.own is not None:
+                self.own.send(self.word, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.ENOTCONN:  # not yet
+                return False
+        self.close()
+        return True
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.close()
+            self.own = None
