@@ -55,14 +55,14 @@ def end_sessions(hands: Hands, entries: list[Entry]) -> Story[None]:
     """Sessions that dead processes held end, at the server, too, or ``close_timeout`` is over; all of them at once."""
     worker = hands.worker
     farewells = []
+    until = time.monotonic() + worker.words[W_CLOSE_TIMEOUT] / 1e9
     for entry in entries:
-        entry.shutdown(socket.SHUT_WR)
         word = worker.driver.farewell(entry.conn)
         if word and entry.sock is not None:
-            farewells.append(Farewell(entry.sock, word))
-    until = time.monotonic() + worker.words[W_CLOSE_TIMEOUT] / 1e9
+            farewells.append(Farewell(entry.sock, word, until))  # first: a connection that has ended does not know its other end
+        entry.shutdown(socket.SHUT_WR)
     try:
-        while farewells and time.monotonic() < until:
+        while farewells:
             farewells = [farewell for farewell in farewells if not farewell.is_said()]
             yield Pause(0.0005)
         for entry in entries:

@@ -393,14 +393,10 @@ class Desk:
         """The holder has died, perhaps in the middle of a request: the server need not go on with it."""
         word = unpack_session(duplicate.body)[1]
         if word:
-            self.farewells.append(Farewell(duplicate.sock, word))
+            self.farewells.append(Farewell(duplicate.sock, word, time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9))
             self.finish_farewells()
 
     def finish_farewells(self) -> None:
-        """Those that cannot be said for as long as a session may take to end are given up with it."""
-        if not self.closing:
-            for farewell in self.farewells:
-                farewell.close()
         self.farewells = [farewell for farewell in self.farewells if not farewell.is_said()]
 
     def finish_closing(self) -> None:
@@ -552,7 +548,7 @@ class Desk:
 
     def due(self) -> float:
         """The moment something of this desk wants to be looked at, on the monotonic clock."""
-        moments = [time.monotonic() + 0.0005] if self.closing else []  # epoll makes it a millisecond
+        moments = [time.monotonic() + 0.0005] if self.closing or self.farewells else []  # epoll makes it a millisecond
         if self.cases:
             moments.append(self.cases_due)
         elif self.dead:

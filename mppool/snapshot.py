@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from mppool.claims import named
 from mppool.kernel.locks import LockFile
-from mppool.states import CloseReason, State
+from mppool.states import CloseReason, Residence, State
 from mppool.table import (
     BROKER,
     COUNTERS,
@@ -77,6 +78,7 @@ def snapshot(table: Table, lock: LockFile | None = None, own: Row | None = None)
         "dialing": states.count(State.DIALING),
         "closing": states.count(State.CLOSING),
         "waiting": waiting(table),
+        "resident": residents(table),
         "checkouts": (sum(table.array(table.uses)) + sum(row[R_LENT] - row[R_CLAIMED] for row in rows)),
         **counters,
         "discards": sum(closed.values()),
@@ -87,6 +89,12 @@ def snapshot(table: Table, lock: LockFile | None = None, own: Row | None = None)
         "wait_percentiles_us": percentiles(buckets),
         "workers": workers(table, lock, own),
     }
+
+
+def residents(table: Table) -> dict[str, int]:
+    """How many sessions stay with the process that dialed them, by why they do."""
+    found = Counter(table.array(table.residence))
+    return {residence.name: found[residence] for residence in Residence if residence and found[residence]}
 
 
 def workers(table: Table, lock: LockFile | None, own: Row | None) -> list[dict[str, Any]]:

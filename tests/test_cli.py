@@ -484,7 +484,7 @@ def test_status_as_a_table(broker: BrokerProcess, server: Judge, socket_path: st
     lines = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in done.stdout.splitlines() if line.startswith(("│", "┃"))]
     pools, workers = dict(zip(lines[0], lines[1], strict=True)), dict(zip(lines[2], lines[3], strict=True))
     expected = {"name": "web", "target": f"tcp://127.0.0.1:{server.port}", "max_size": "3", "size": "1", "in_use": "1", "idle": "0", "dialing": "0"}
-    expected |= {"waiting": "0", "dials": "1", "checkouts": "1", "wait p50": "-", "p95": "-", "p99": "-", "broker": "yes"}
+    expected |= {"waiting": "0", "resident": "-", "dials": "1", "checkouts": "1", "wait p50": "-", "p95": "-", "p99": "-", "broker": "yes"}
     assert pools == expected
     assert (workers["pool"], workers["pid"], workers["leases"], workers["idle cached"]) == ("web", str(os.getpid()), "1", "0")
     assert re.fullmatch(r"[\d.]+ (ms|s)", workers["oldest lease"])

@@ -17,16 +17,19 @@ def render_status(data: dict[str, Any]) -> Iterable[Any]:
     pools = Table(title="pools", title_justify="left")
     for heading in ("name", "target"):
         pools.add_column(heading, overflow="fold")
-    for heading in ("max_size", "size", "in_use", "idle", "dialing", "waiting", "dials", "checkouts", "wait p50", "p95", "p99", "broker"):
+    for heading in ("max_size", "size", "in_use", "idle", "dialing", "waiting", "resident", "dials", "checkouts", "wait p50", "p95", "p99", "broker"):
         pools.add_column(heading, justify="right")
     workers = Table(title="workers", title_justify="left")
     workers.add_column("pool")
     for heading in ("pid", "leases", "idle cached", "waiting", "oldest lease"):
         workers.add_column(heading, justify="right")
     for pool in data["pools"]:
-        numbers = (str(pool[key]) for key in ("max_size", "size", "in_use", "idle", "dialing", "waiting", "dials", "checkouts"))
+        numbers = (str(pool[key]) for key in ("max_size", "size", "in_use", "idle", "dialing", "waiting"))
+        resident = ", ".join(f"{count} {why}" for why, count in pool["resident"].items()) or "-"
         waits = (duration(pool["wait_percentiles_us"][key] / 1e6) for key in ("p50", "p95", "p99"))
-        pools.add_row(pool["name"], pool["target"], *numbers, *waits, "yes" if pool["broker_alive"] else "no")
+        pools.add_row(
+            pool["name"], pool["target"], *numbers, resident, str(pool["dials"]), str(pool["checkouts"]), *waits, "yes" if pool["broker_alive"] else "no"
+        )
         for worker in pool["workers"]:
             pid = str(worker["pid"]) + ("" if worker["alive"] else " (dead)")
             counts = (str(worker[key]) for key in ("leases", "idle_cached", "waiting"))

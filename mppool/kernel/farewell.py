@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import errno
 import socket
+import time
 
 __all__ = ["Farewell"]
 
@@ -15,8 +16,10 @@ class Farewell:
     It may fail, quietly: the server then finds out by itself that nobody wants the answer.
     """
 
-    def __init__(self, sock: _socket.socket, word: bytes) -> None:
+    def __init__(self, sock: _socket.socket, word: bytes, until: float) -> None:
+        """``until``: the moment of the monotonic clock at which it is given up."""
         self.word = word
+        self.until = until
         self.own: socket.socket | None = None
         try:
             self.own = socket.socket(sock.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -32,10 +35,11 @@ class Farewell:
             if self.own is not None:
                 self.own.send(self.word, socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno == errno.ENOTCONN:  # not yet
+            if time.monotonic() < self.until:
                 return False
+        except OSError as error:
+            if error.errno == errno.ENOTCONN and time.monotonic() < self.until:
+                return False  # not yet connected
         self.close()
         return True
 
