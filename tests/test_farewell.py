@@ -50,7 +50,7 @@ def test_the_farewell_is_said_for_a_dead_holder(server: Judge, socket_path: str,
                 assert child.hear() == "ready"
                 with pool.connection() as sock:
                     ask(sock, "fetched")
-                helper.kill()
+                helper.stop()
                 child.tell()
             assert child.hear() == "asked"
             before = server.counts()
