@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
 import shutil
 import sys
@@ -19,11 +18,10 @@ from tests.fuzz.bulk import Bulk
 from tests.fuzz.conversation import MOVES, Conversation
 from tests.fuzz.damage import any_damage
 from tests.fuzz.frames import Zoo
-from tests.fuzz.hostile import LIES, broker, worker
+from tests.fuzz.hostile import LIES, expose
 from tests.fuzz.keepers import Pest
 from tests.fuzz.rig import Rig, rig
 from tests.fuzz.tables import MOMENTS, bench
-from tests.helpers.processes import fork
 from tests.helpers.server import judge
 
 FRAMES_A_CONVERSATION = 2500  # of the bulk: so many conversations, calls at the keeper's and damaged tables there are
@@ -151,21 +149,19 @@ class Run:
         for lies in (*[(lie,) for lie in LIES], LIES):
             if self.over():
                 break
-            with judge() as server, judge() as trap, fork(broker(path, "p", trap.port, self.random.getrandbits(32), lies)) as (liar,):
-                liar.hear()
-                with fork(*[worker(path, "p", server.port, 3.0)] * 2) as children:
-                    for child in children:
-                        found = child.result(60)
-                        self.figures.liars += 1
-                        self.figures.fds_leaked += len(found["left"])
-                        self.figures.wrongly_believed += trap.counts()["requests"]
-                        for wrong in found["wrong"]:
-                            self.figures.faults += 1
-                            self.say(f"FAULT with a broker that lies ({', '.join(lies)}):\n{wrong}")
+            with judge() as server, judge() as trap:
+                found = expose(path, server, trap, self.random.getrandbits(32), lies, 3.0)
+                for each in found:
+                    self.figures.liars += 1
+                    self.figures.fds_leaked += len(each["left"])
+                    for wrong in each["wrong"]:
+                        self.figures.faults += 1
+                        self.say(f"FAULT with a broker that lies ({', '.join(lies)}):\n{wrong}")
+                self.figures.wrongly_believed += trap.counts()["requests"]
                 over = server.counts()["peak"] > 3
                 self.figures.faults += over
-                self.say(f"a broker that lies ({', '.join(lies)}): {found['outcomes']}{', MORE CONNECTIONS THAN THE CAP' if over else ''}")
-            os.unlink(path)
+                outcomes = " and ".join(str(each["outcomes"]) for each in found)
+                self.say(f"a broker that lies ({', '.join(lies)}): {outcomes}{', MORE CONNECTIONS THAN THE CAP' if over else ''}")
 
     # Tables.
 

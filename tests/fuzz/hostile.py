@@ -2,7 +2,10 @@
 
 It sits at the right path with the right uid, is polite enough to be talked to, and then answers with garbage, with answers to
 other questions, with descriptors of other things, with too much or not at all. Workers may fail with mppool's own errors, or go
-on without a broker. They may not lend what is no session, hang, crash, or keep a descriptor.
+on without a broker. They may not lend what is no session, hang, crash, or keep a descriptor; and what they believed must not harm
+them once an honest broker is in its place.
+
+Beside a liar nobody is promised a session: it beats, so workers wait for it, and without help sessions stay with whoever dialed them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import mppool
 from mppool.errors import ProtocolError
@@ -30,12 +34,14 @@ from mppool.kernel.runtime import pool_id
 from mppool.table import W_BEAT, Table, lock_path, open_table
 from mppool.wire import Kind, Message, decode, encode
 from tests.fuzz.frames import Dice, Zoo
-from tests.helpers.processes import Child
+from tests.helpers.processes import Child, broker_process, fork
+from tests.helpers.server import Judge
 
-__all__ = ["LIES", "broker", "worker"]
+__all__ = ["LIES", "expose"]
 
 POLITE = {Kind.HELLO: Kind.WELCOME, Kind.FETCH: Kind.SESSION, Kind.WAIT: Kind.DIAL, Kind.CANCEL: Kind.STRUCK}
 LIES = ("other_kind", "other_place", "wrong_descriptor", "garbage", "flood", "silence", "close", "refuse")
+HONEST = 15.0  # seconds within which an honest broker has everybody served
 
 
 class Liar:
@@ -182,8 +188,28 @@ def broker(path: str, name: str, trap: int, seed: int, lies: tuple[str, ...]) ->
     return work
 
 
+def expose(path: str, server: Judge, trap: Judge, seed: int, lies: tuple[str, ...], seconds: float) -> list[dict[str, Any]]:
+    """Two workers beside a lying broker, then beside an honest one until it has served every thread of theirs; what each found."""
+    with fork(broker(path, "p", trap.port, seed, lies)) as (liar,):
+        assert liar.hear() == "listens"
+        with fork(*[worker(path, "p", server.port, seconds)] * 2) as children:
+            try:
+                for child in children:
+                    child.hear(seconds + 20)
+            finally:
+                liar.end()
+                os.unlink(path)
+            with broker_process(path):
+                for word in ("honest", "end"):
+                    for child in children:
+                        child.tell(word)
+                    for child in children:
+                        child.hear(HONEST + 20)
+                return [child.result(45) for child in children]
+
+
 def worker(path: str, name: str, port: int, seconds: float) -> Callable[[Child], dict[str, object]]:
-    """Three threads on a pool of three. Returns how often each outcome was seen; what must not be, as tracebacks; descriptors left."""
+    """Three threads on a pool of three. Returns how often each outcome was seen beside the liar; what must not be, as tracebacks; descriptors left."""
 
     def work(child: Child) -> dict[str, object]:
         pool = mppool.Pool(("127.0.0.1", port), max_size=3, name=name, broker=path, max_lifetime=0.5, close_timeout=0.2)
@@ -191,15 +217,17 @@ def worker(path: str, name: str, port: int, seconds: float) -> Callable[[Child],
         warnings.simplefilter("ignore", ResourceWarning)  # descriptors that nobody wants are closed with the last reference, on purpose
         gc.collect()  # what the parent left to be collected
         before = open_files()
-        outcomes: dict[str, int] = {}
+        outcomes: Counter[str] = Counter()
         wrong: list[str] = []
-        until = time.monotonic() + seconds
+        honest, through = threading.Event(), threading.Event()
+        served: set[int] = set()
 
         def use() -> None:
             n = 0
-            while time.monotonic() < until:
+            while not through.is_set():
                 n += 1
                 began = time.monotonic()
+                asked_honest = honest.is_set()
                 try:
                     request(pool, port, f"{os.getpid()}-{threading.get_ident()}-{n}")
                     outcome = "ok"
@@ -211,14 +239,30 @@ def worker(path: str, name: str, port: int, seconds: float) -> Callable[[Child],
                 took = time.monotonic() - began
                 if took > 8:
                     wrong.append(f"a checkout with a timeout of 2 s took {took:.1f} s ({outcome})")
-                outcomes[outcome] = outcomes.get(outcome, 0) + 1
+                if not asked_honest:
+                    outcomes[outcome] += 1
+                elif outcome == "ok":
+                    served.add(threading.get_ident())
                 time.sleep(random.choice((0, 0.002, 0.01, 0.03)))  # so that sessions lie idle, and others fetch them
 
         threads = [threading.Thread(target=use, daemon=True) for _ in range(3)]
         for thread in threads:
             thread.start()
+        time.sleep(seconds)
+        child.tell()
+        child.hear(60)
+        honest.set()
+        until = time.monotonic() + HONEST
+        while len(served) < len(threads) and time.monotonic() < until:
+            time.sleep(0.005)
+        if len(served) < len(threads):
+            wrong.append(f"an honest broker served {len(served)} of {len(threads)} threads within {HONEST:g} s")
+        child.tell()
+        child.hear(60)
+        through.set()
+        child.tell()
         for thread in threads:
-            thread.join(seconds + 15)
+            thread.join(15)
             if thread.is_alive():
                 return {"outcomes": outcomes, "wrong": [*wrong, "a thread hangs"], "left": []}
         outcomes["fetches"] = pool.get_stats()["fetches"]
