@@ -111,8 +111,9 @@ class Pool(Shell):
             hands.done()
             return conn
         except BaseException as error:
-            self._unwind_checkout(worker, error, hands, ready)
-            raise
+            with understood(worker):
+                self._unwind_checkout(worker, error, hands, ready)
+                raise
 
     def putconn(self, conn: Any, *, discard: bool = False) -> None:
         """Give a lent session back; with ``discard`` it is closed. Raises Error if it is not lent (any more)."""
@@ -137,8 +138,9 @@ class Pool(Shell):
                 perform(worker, put_down(hands, lane, entry, discarded=entry.end_loan() or discard))
                 hands.done()
         except BaseException as error:
-            self._unwind_return(worker, error, hands, conn, ready)
-            raise
+            with understood(worker):
+                self._unwind_return(worker, error, hands, conn, ready)
+                raise
         if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
             self._tell(worker, after_return)
         if worker is self._leaving:

@@ -31,7 +31,7 @@ from tests.helpers.server import Judge, ask
 
 @pytest.mark.storm
 @pytest.mark.timeout(300)  # it takes long only if it finds something
-@pytest.mark.parametrize("options", [["--seconds", "12"], ["--seconds", "8", "--no-broker"]], ids=["broker", "no-broker"])
+@pytest.mark.parametrize("options", [["--seconds", "9"], ["--seconds", "6", "--no-broker"]], ids=["broker", "no-broker"])
 def test_a_host_full_of_trouble_loses_nothing(options: list[str]) -> None:
     """Whatever is killed, stopped, closed, reset, refused or resized: the servers never see too many connections, nothing crosses, nothing is lost."""
     command = [sys.executable, "-m", "tests.chaos", *options]

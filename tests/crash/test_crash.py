@@ -68,6 +68,7 @@ not_yet = pytest.mark.xfail(reason="a few lines in a thousand do not bear an exc
 KINDS = ["kill", pytest.param("signal", marks=not_yet)]
 
 
+@pytest.mark.xdist_group("crash beside a broker")  # one scene for all of them
 @operations(has_broker=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_struck_beside_a_broker(with_broker: Stage, operation: Operation, kind: str) -> None:
@@ -75,6 +76,7 @@ def test_a_worker_struck_beside_a_broker(with_broker: Stage, operation: Operatio
     with_broker.run(WorkerSeries, operation, kind)
 
 
+@pytest.mark.xdist_group("crash without a broker")
 @operations(has_broker=False)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_struck_without_a_broker(alone: Stage, operation: Operation, kind: str) -> None:
@@ -82,6 +84,7 @@ def test_a_worker_struck_without_a_broker(alone: Stage, operation: Operation, ki
     alone.run(WorkerSeries, operation, kind)
 
 
+@pytest.mark.xdist_group("crash of a broker")
 @pytest.mark.parametrize("operation", BROKER_OPERATIONS, ids=[operation.name for operation in BROKER_OPERATIONS])
 def test_a_broker_killed(with_traced_broker: Stage, operation: BrokerOperation) -> None:
     """A broker killed at any line: whoever wanted something gets it, the next broker finds everything."""

@@ -61,7 +61,7 @@ def region(table: Table, name: str, dice: random.Random) -> range | list[int]:
     if name == "header":
         return range(HEADER_WORDS)
     if name == "slots":
-        used = [slots_at + field * table.slots + k for field in range(8) for k in range(2 * CAP)]
+        used = [slots_at + field * table.slots + k for field in range(10) for k in range(2 * CAP)]
         return used if dice.random() < 0.7 else range(slots_at, table.row_at(0))
     if name in ("row", "lanes"):
         row = dice.choice(table.taken_rows() or [0]) if dice.random() < 0.8 else dice.randrange(table.rows)

@@ -242,6 +242,25 @@ def test_a_full_counter_is_an_error_of_ours(server: Judge, torn_path: str, field
         other.close()
 
 
+def test_a_full_counter_at_a_checkout_is_an_error_of_ours(server: Judge, torn_path: str) -> None:
+    """A checkout that finds a counter full, or a return after which one is, raises nothing but mppool's own errors."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=torn_path)
+
+    def work(child: Child) -> None:
+        table = Ground(torn_path, "p", server.port).table
+        for at, old in ((table.uses, 5), (table.generation, 0)):
+            pool.putconn(pool.getconn())
+            table.words[at] = ONES
+            with pytest.raises(mppool.Error):
+                pool.putconn(pool.getconn(timeout=0.1), discard=True)
+            table.words[at] = old
+
+    pool.open()
+    with fork(work) as (child,):
+        child.result()
+    pool.close()
+
+
 def test_a_damaged_pool_can_be_closed(server: Judge, torn_path: str) -> None:
     """After a return that found a counter full, close raises nothing but mppool's own errors, and the row is free."""
     pool = mppool.Pool(server.address, max_size=2, name="p", broker=torn_path)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,12 @@ def fast_path(scene: Scene) -> None:
         child.result()
 
 
+def is_asleep(thread: threading.Thread) -> bool:
+    """Is it in poll(2), or in a sleep? C code that forks while a thread runs Python may inherit a lock that nobody ever lets go."""
+    with open(f"/proc/self/task/{thread.native_id}/syscall", encoding="ascii") as file:
+        return file.read().split()[0] in ("7", "271", "73", "35", "230", "101", "115")  # poll, ppoll, nanosleep, clock_nanosleep, here and on ARM
+
+
 def while_waiting(scene: Scene, forking: Callable[[], int]) -> None:
     """Another process has the whole cap; a thread waits; the process forks; then the others give back."""
 
@@ -473,6 +480,7 @@ def while_waiting(scene: Scene, forking: Callable[[], int]) -> None:
             thread = threading.Thread(target=use, args=(pool, scene.tally, "waiter", 3))
             thread.start()
             eventually(lambda: scene.numbers()["waiting"] == 1, what="the thread waits")
+            eventually(partial(is_asleep, thread))
             pid = forking()
             if pid == 0:
                 fine = use(pool, scene.tally, "child", 3)
