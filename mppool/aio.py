@@ -198,11 +198,14 @@ class AsyncPool(Shell):
         self._close()
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
-    async def resize(self, max_size: int) -> None:
-        """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle."""
+    async def resize(self, max_size: int, *, min_size: int | None = None) -> None:
+        """Change the cap, for all workers, at once. Sessions above it are closed as they come back, or by the broker when idle.
+
+        ``min_size``, if given, is changed, too: ``max_idle`` leaves so many. Raises OptionError.
+        """
         worker = await self._enter()
-        check_max_size(worker.table, max_size)
-        await self._tell(worker, lambda hands: resize(hands, max_size))
+        check_max_size(worker.table, max_size, min_size)
+        await self._tell(worker, lambda hands: resize(hands, max_size, min_size))
 
     async def drain(self) -> None:
         """Replace all sessions, of all workers: idle ones are closed at once or when they are next met, lent ones after their return."""

@@ -208,7 +208,10 @@ class Section:
         self.leave()
 
 
-def check_max_size(table: Table, max_size: object) -> None:
+def check_max_size(table: Table, max_size: object, min_size: object = None) -> None:
+    """Raises OptionError if the pool cannot be of these sizes."""
+    if min_size is not None and (not isinstance(min_size, int) or isinstance(min_size, bool) or not isinstance(max_size, int) or not 0 <= min_size <= max_size):
+        raise OptionError(f"min_size={min_size!r}: expected a whole number from 0 to max_size={max_size!r}")
     if not isinstance(max_size, int) or isinstance(max_size, bool) or not 1 <= max_size <= table.slots:
         raise OptionError(
             f"max_size={max_size!r}: expected a whole number from 1 to {table.slots}, the room in this pool's table (four times its first max_size)"

@@ -13,7 +13,7 @@ from mppool.permits import SPIN, Section
 from mppool.reclaim import free_slot
 from mppool.states import CloseReason, State
 from mppool.story import Call, Close, Ended, Pause, Story, Tidy
-from mppool.table import DRAINED, H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT
+from mppool.table import DRAINED, H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT, W_MIN_SIZE
 from mppool.worker import Hands, Worker
 
 __all__ = ["after_return", "dial_lock", "discard", "drain", "free", "put_down", "resize"]
@@ -112,13 +112,15 @@ def free(hands: Hands, lane: Lane, reason: CloseReason | None) -> Story[None]:
     worker.look()
 
 
-def resize(hands: Hands, max_size: int) -> Story[None]:
-    """Change the cap, for all workers. Raises Error if a stopped process holds the dial lock; then nothing was changed."""
+def resize(hands: Hands, max_size: int, min_size: int | None) -> Story[None]:
+    """Change the cap, and how many idle sessions are kept, for all workers. Raises Error if a stopped process holds the dial lock; then nothing was changed."""
     worker = hands.worker
     with (yield from dial_lock(worker, 1.0)) as inside:
         if not inside:
             raise worker.permits.is_stuck(1.0)
         worker.permits.resize(max_size)
+        if min_size is not None:
+            worker.words[W_MIN_SIZE] = min_size
     worker.look()
 
 

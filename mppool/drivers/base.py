@@ -79,22 +79,22 @@ class DriverBase:
         """May the next user have it, as it is? Only what this process can see without I/O; the pool itself looks at the socket."""
         return True
 
-    def tidy(self, session: Any) -> None:
+    def tidy(self, session: Any) -> Any:
         """At return: bring it into a state in which ``is_clean`` is true (roll back, unsubscribe), with round trips if need be. Raises if it cannot."""
 
-    def transferred(self, session: Any) -> None:
+    def transferred(self, session: Any) -> Any:
         """Another process used the session since this one did, or this one never had it: forget what was known of it, reset it if that is the policy.
 
         Raises if the session is no good any more; it is closed then (``reset_failed``).
         """
 
-    def reset(self, session: Any) -> None:
+    def reset(self, session: Any) -> Any:
         """Back to how it was after ``dial``; may do round trips; raises if it cannot."""
 
-    def ping(self, session: Any) -> None:
+    def ping(self, session: Any) -> Any:
         """One round trip; raises if the session is broken."""
 
-    def close(self, session: Any) -> None:
+    def close(self, session: Any) -> Any:
         """End the session, politely if the protocol knows how. Never raises, never waits for long."""
         self.abort(session)
 
@@ -115,14 +115,6 @@ class AsyncDriverBase(DriverBase):
 
     The methods that talk to the server may be coroutine functions here. ``abort`` is also for sessions that have ended already.
     """
-
-    def tidy(self, session: Any) -> Any: ...
-    def transferred(self, session: Any) -> Any: ...
-    def reset(self, session: Any) -> Any: ...
-    def ping(self, session: Any) -> Any: ...
-
-    def close(self, session: Any) -> Any:
-        self.abort(session)
 
     def resume(self, session: Any) -> None:
         """The session is ours again (lent, or about to be tidied or checked): read from it again. May be repeated."""

@@ -1,0 +1,201 @@
+"""Showing libpq a login, which cannot be given a socket.
+
+When a session is dialed, libpq connects to a private Unix socket of ours, and we relay what it and the server say, and record the
+server's greeting. When the session is adopted elsewhere, libpq connects to such a socket again, is shown that greeting, and
+believes to be logged in; then ``dup2`` puts the live connection under its descriptor.
+
+The private socket has an abstract name, which is in no directory and ends with it; only a connection of this very process is
+accepted. The generators are of psycopg's kind: they yield what to wait for, and psycopg waits, blocking or in an event loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import secrets
+import socket
+import struct
+import weakref
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import pq
+from psycopg.pq import ConnStatus, PollingStatus
+from psycopg.waiting import Ready, Wait
+
+from mppool.drivers.dialer import abandon, prepare
+from mppool.drivers.postgres import SSL_REQUEST, greeting_of, refusal_in
+from mppool.errors import ProtocolError
+
+__all__ = ["Waits", "bury", "connected", "forked", "offers_tls", "relayed", "replay"]
+
+C = TypeVar("C")
+Waits = Generator[tuple[int, Wait], Ready, C]
+
+_dialing: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_numbers = itertools.count(1)
+
+
+class Stage:
+    """A private socket for one start-up of libpq, which connects to it and believes that the server is there."""
+
+    def __init__(self) -> None:
+        self.host = f"@mppool-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(8)}"
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.inner: socket.socket | None = None
+        try:
+            self.listener.bind(f"\0{self.host[1:]}/.s.PGSQL.1")
+            self.listener.listen(4)
+            self.listener.settimeout(5.0)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, conninfo: str) -> pq.abc.PGconn:
+        """``conninfo`` is without a place."""
+        pgconn = pq.PGconn.connect_start(f"{conninfo} host={self.host} hostaddr='' port=1 sslmode=disable gssencmode=disable".encode())
+        if pgconn.status == ConnStatus.BAD:
+            raise psycopg.OperationalError(f"connection is bad: {pgconn.get_error_message()}")
+        while self.inner is None:
+            sock, _ = self.listener.accept()
+            if struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == os.getpid():
+                self.inner = sock
+            else:
+                sock.close()  # somebody else's: they are not the ones we show anything
+        self.inner.setblocking(False)
+        return pgconn
+
+    def said(self) -> bytes:
+        """What libpq has to say to its server."""
+        assert self.inner is not None
+        try:
+            return self.inner.recv(65536)
+        except BlockingIOError:
+            return b""
+
+    def show(self, data: bytes) -> None:
+        assert self.inner is not None
+        if data:
+            self.inner.sendall(data)
+        else:
+            self.inner.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.listener.close()
+        if self.inner is not None:
+            self.inner.close()
+
+
+def replay(conninfo: str, greeting: bytes, fd: int) -> pq.abc.PGconn:
+    """A libpq connection over a duplicate of ``fd``, logged in as the greeting says. ``conninfo`` is without a place."""
+    stage = Stage()
+    try:
+        pgconn = stage.start(conninfo)
+        shown = False
+        while True:
+            status = pgconn.connect_poll()
+            if status == PollingStatus.OK:
+                break
+            if status == PollingStatus.FAILED:
+                raise ProtocolError(f"libpq does not believe the greeting of {len(greeting)} bytes: {pgconn.get_error_message()}")
+            if status == PollingStatus.READING:
+                if shown:
+                    raise ProtocolError("libpq waits for more than a greeting")
+                stage.show(greeting)
+                shown = True
+        os.dup2(fd, pgconn.socket, inheritable=False)
+        pgconn.nonblocking = 1
+        return pgconn
+    finally:
+        stage.close()
+
+
+def relayed(conninfo: str, real: socket.socket) -> Waits[tuple[pq.abc.PGconn, bytes]]:
+    """A login on ``real``, which becomes libpq's; libpq's connection, and the greeting. Raises OperationalError as a login of libpq's own would."""
+    stage = Stage()
+    heard = bytearray()
+    try:
+        pgconn = stage.start(conninfo)
+        while True:
+            status = pgconn.connect_poll()
+            left = memoryview(stage.said())
+            while left:
+                try:
+                    left = left[real.send(left, socket.MSG_NOSIGNAL) :]
+                except BlockingIOError:
+                    yield from until(real, Wait.W)
+            if status == PollingStatus.OK:
+                break
+            if status == PollingStatus.FAILED:
+                error = psycopg.OperationalError(f"connection failed: {pgconn.get_error_message()}")
+                error.sqlstate = refusal_in(bytes(heard)) or None
+                pgconn.finish()
+                raise error
+            if status == PollingStatus.READING:
+                yield from until(real, Wait.R)
+                try:
+                    data = real.recv(65536)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                heard += data
+                stage.show(data)
+        os.dup2(real.fileno(), pgconn.socket, inheritable=False)
+        pgconn.nonblocking = 1
+        return pgconn, greeting_of(bytes(heard))
+    finally:
+        stage.close()
+
+
+def until(sock: socket.socket, what: Wait) -> Waits[None]:
+    while not (yield sock.fileno(), what):
+        pass
+
+
+def connected(family: int, address: Any) -> Waits[socket.socket]:
+    """A connection without a login, non-blocking."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    _dialing.add(sock)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(address)
+        if code in (errno.EINPROGRESS, errno.EAGAIN):
+            yield from until(sock, Wait.W)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        prepare(sock)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def offers_tls(sock: socket.socket) -> Waits[bool]:
+    """Ask a server that we have just connected to. If it does not, the login can go on here."""
+    sock.send(SSL_REQUEST, socket.MSG_NOSIGNAL)
+    yield from until(sock, Wait.R)
+    answer = sock.recv(1)
+    if answer not in (b"S", b"N"):
+        raise OSError("the server answers neither yes nor no when asked for TLS")
+    return answer == b"S"
+
+
+def bury(pgconn: pq.abc.PGconn) -> None:
+    """Let go of a libpq connection: its goodbye goes into a dead socket."""
+    try:
+        fd = pgconn.socket
+    except psycopg.OperationalError:
+        return
+    with socket.socket(socket.AF_UNIX) as dead:
+        os.dup2(dead.fileno(), fd, inheritable=False)
+    pgconn.finish()
+
+
+def forked() -> None:
+    """In a forked child: let go of what other threads of the parent were connecting."""
+    for sock in list(_dialing):
+        abandon(sock)

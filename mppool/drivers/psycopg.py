@@ -1,0 +1,535 @@
+"""psycopg 3: sessions that move between processes under libpq; libpq.py says how.
+
+Every call is a public one of psycopg's or libpq's, but for the seam ``_connect_gen`` and what has to be forgotten when a session
+comes back from another process. What libpq does not know is where the server really is, so cancelling is ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import socket
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from inspect import isawaitable
+from typing import Any, NamedTuple
+
+try:
+    import psycopg
+except ImportError as error:
+    raise ImportError("mppool needs psycopg 3 for this: pip install 'mppool[psycopg]'") from error
+
+from psycopg import generators, pq
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import ExecStatus, TransactionStatus
+
+from mppool.drivers import libpq
+from mppool.drivers.base import AsyncDriverBase, DriverBase
+from mppool.drivers.conninfo import password_for, place_of, residence_by, with_defaults, without_place
+from mppool.drivers.libpq import Waits, bury, connected, offers_tls, relayed, replay
+from mppool.drivers.postgres import cancel_request, is_greeting, is_hopeless, settings_of
+from mppool.errors import DialFailed, Error, OptionError, ProtocolError
+from mppool.states import Residence
+
+__all__ = ["AsyncPsycopgDriver", "PsycopgDriver"]
+
+IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
+EQUIPMENT = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")  # arguments of connect() that are not the server's
+DULL = ("require_auth", "channel_binding", "target_session_attrs", "password", "sslcert", "sslkey", "sslpassword", "sslrootcert", "sslcrl")
+"""What only a real login needs, or checks."""
+
+
+class Login(NamedTuple):
+    """What we know of a connection and libpq does not: the recorded greeting, and where the server is."""
+
+    greeting: bytes = b""
+    family: int = 0
+    address: Any = None
+    host: str = ""
+    residence: Residence = Residence.tls
+    adopted: bool = False  # and not yet configured in this process
+
+    def __repr__(self) -> str:
+        return f"Login({self.host!r}, {self.address!r}, {self.residence.name})"  # the greeting holds a secret
+
+
+def movable_gen(cls: Any, plain: Callable[..., Any], conninfo: str, options: dict[str, Any]) -> Waits[Any]:
+    """In place of psycopg's ``_connect_gen``: one attempt to connect to one place. ``plain`` is psycopg's own, for what cannot move."""
+    given = conninfo_to_dict(conninfo)
+    params = with_defaults(given)
+    family, address, host = place_of(params)
+    mode = params.get("sslmode") or "prefer"
+    residence = residence_by(params, family)
+    if residence is Residence.moves:
+        try:
+            real = yield from connected(family, address)
+        except OSError as error:
+            raise psycopg.OperationalError(f"connection failed: connection to server at {host!r}, port {params.get('port') or 5432} failed: {error}") from error
+        try:
+            if mode == "prefer" and family != socket.AF_UNIX:
+                try:
+                    residence = Residence.tls if (yield from offers_tls(real)) else Residence.moves
+                except OSError as error:
+                    raise psycopg.OperationalError(f"connection failed: {host!r}: {error}") from error
+            if residence is Residence.moves:
+                password = password_for(params, host, int(params.get("port") or 5432)) if not params.get("password") else None
+                pgconn, greeting = yield from relayed(without_place(given, password), real)
+                conn = cls(pgconn)
+                conn._mppool = Login(greeting, family, address, host, Residence.moves if is_greeting(greeting) else Residence.no_adapter)
+                return conn
+        finally:
+            real.close()  # libpq has it now, or nobody
+    conn = yield from plain(conninfo, **options)
+    conn._mppool = Login(residence=residence)
+    return conn
+
+
+class Info(psycopg.ConnectionInfo):
+    """Where the server really is, which libpq does not know."""
+
+    def __init__(self, pgconn: pq.abc.PGconn, login: Login) -> None:
+        super().__init__(pgconn)
+        self._login = login
+
+    @property
+    def host(self) -> str:
+        return self._login.host
+
+    @property
+    def hostaddr(self) -> str:
+        return str(self._login.address[0]) if isinstance(self._login.address, tuple) else ""
+
+    @property
+    def port(self) -> int:
+        address = self._login.address
+        return int(address[1]) if isinstance(address, tuple) else int(address.rpartition(".")[2])
+
+
+class Movable:
+    """What is other about a connection of ours: how it connects, and how it cancels."""
+
+    _mppool = Login()
+    _pool: Any = None  # that has lent it
+    closed: bool
+    pgconn: pq.abc.PGconn
+    _should_cancel: Callable[[], bool]
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "", **options: Any) -> Waits[Any]:
+        return movable_gen(cls, super()._connect_gen, conninfo, options)  # type: ignore[misc]
+
+    @property
+    def info(self) -> psycopg.ConnectionInfo:
+        moved = self._mppool.residence is Residence.moves
+        return Info(self.pgconn, self._mppool) if moved else super().info  # type: ignore[misc]
+
+    def cancel(self) -> None:
+        """Cancel the current operation on the connection."""
+        if self._mppool.residence is not Residence.moves:
+            super().cancel()  # type: ignore[misc]
+        elif self._should_cancel():
+            cancel(self._mppool, None)
+
+
+class MovableConnection(Movable):
+    def close(self) -> None:
+        """End the session; after it was returned, nothing: it may be somebody else's by now."""
+        pool = self._pool
+        if pool is None or self.closed:
+            super().close()  # type: ignore[misc]
+        elif pool.lends(self):
+            if pool.close_returns:
+                pool.putconn(self)
+            else:
+                end(self)
+
+    def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        """Cancel the current operation on the connection, within ``timeout`` seconds."""
+        if self._mppool.residence is not Residence.moves:
+            super().cancel_safe(timeout=timeout)  # type: ignore[misc]
+        elif self._should_cancel():
+            cancel(self._mppool, timeout or None)
+
+
+class AsyncMovableConnection(Movable):
+    async def close(self) -> None:
+        """End the session; after it was returned, nothing: it may be somebody else's by now."""
+        pool = self._pool
+        if pool is None or self.closed:
+            await super().close()  # type: ignore[misc]
+        elif pool.lends(self):
+            if pool.close_returns:
+                await pool.putconn(self)
+            else:
+                end(self)
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        """Cancel the current operation on the connection, within ``timeout`` seconds."""
+        if self._mppool.residence is not Residence.moves:
+            await super().cancel_safe(timeout=timeout)  # type: ignore[misc]
+        elif self._should_cancel():
+            await cancel_async(self._mppool, timeout or None)
+
+
+def cancel(login: Login, timeout: float | None) -> None:
+    """Ask the server to cancel what that session does, and wait until it has been asked."""
+    try:
+        with socket.socket(login.family, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout)
+            sock.connect(login.address)
+            sock.sendall(cancel_request(login.greeting))
+            sock.recv(1)
+    except TimeoutError:
+        raise psycopg.errors.CancellationTimeout("cancellation timeout expired") from None
+    except OSError as error:
+        raise psycopg.OperationalError(f"couldn't send cancellation: {error}") from error
+
+
+async def cancel_async(login: Login, timeout: float | None) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def ask() -> None:
+        with socket.socket(login.family, socket.SOCK_STREAM) as sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, login.address)
+            await loop.sock_sendall(sock, cancel_request(login.greeting))
+            await loop.sock_recv(sock, 1)
+
+    try:
+        await asyncio.wait_for(ask(), timeout)
+    except asyncio.TimeoutError:
+        raise psycopg.errors.CancellationTimeout("cancellation timeout expired") from None
+    except OSError as error:
+        raise psycopg.OperationalError(f"couldn't send cancellation: {error}") from error
+
+
+_classes: dict[type[Any], type[Any]] = {}
+
+
+def movable(base: type[Any]) -> type[Any]:
+    """The user's connection class, able to move."""
+    if base not in _classes:
+        _classes[base] = _movable(base)
+    return _classes[base]
+
+
+def _movable(base: type[Any]) -> type[Any]:
+    kind = AsyncMovableConnection if issubclass(base, psycopg.AsyncConnection) else MovableConnection
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+# The drivers.
+
+Conninfo = str | Callable[[], str]
+Arguments = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+
+
+def end(session: Any) -> None:
+    """Say goodbye to the server."""
+    session._closed = True
+    session.pgconn.finish()
+
+
+class Sessions:
+    """What both drivers are told, and know of a session.
+
+    ``on_transfer``: what happens to a session that another process used. "reset": DISCARD ALL before it is lent here; "always": at
+    every return; "trust": nothing, so that what others set, locked, listened to or created temporarily may be met.
+    ``configure`` is called with each session in each process that has it, and again whenever it was reset.
+    """
+
+    name = "postgres"
+    baggage_version = 1
+    minds_transfer = True
+
+    def __init__(
+        self,
+        conninfo: Conninfo,
+        *,
+        kwargs: Arguments,
+        connection_class: type[Any],
+        on_transfer: str,
+        configure: Callable[[Any], Any] | None,
+    ) -> None:
+        if on_transfer not in ("reset", "always", "trust"):
+            raise OptionError(f'on_transfer={on_transfer!r}: expected "reset", "always" or "trust"')
+        self.conninfo = conninfo
+        self.kwargs = kwargs
+        self.on_transfer = on_transfer
+        self.tidies_always = on_transfer == "always"
+        self.configure = configure
+        self.connection_class = connection_class
+        self.cls = movable(connection_class)
+        self._shown: tuple[str, dict[str, Any]] | None = None
+        self.first_statement = random.getrandbits(48) << 14  # names of prepared statements are this process's own, whoever has the session next
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "cls": None, "_shown": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, cls=movable(state["connection_class"]), first_statement=random.getrandbits(48) << 14)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.connection_class.__name__}>"  # the connection string may hold a password
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        conninfo = self.conninfo() if callable(self.conninfo) else self.conninfo
+        kwargs = self.kwargs() if callable(self.kwargs) else self.kwargs
+        return conninfo, {"prepare_threshold": None, **(kwargs or {})}
+
+    def parameters(self) -> dict[str, Any]:
+        """Of the connection, with what the environment says; no password."""
+        conninfo, kwargs = self.arguments()
+        given = conninfo_to_dict(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT})
+        return {name: value for name, value in with_defaults(given).items() if name not in ("password", "sslpassword")}
+
+    def key(self) -> str:
+        said = repr(sorted((name, str(value)) for name, value in self.parameters().items() if name != "connect_timeout"))
+        return f"{self.name}/{self.baggage_version}/{hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}"
+
+    def fileno(self, session: Any) -> int:
+        try:
+            return int(session.fileno())
+        except psycopg.OperationalError:
+            return -1
+
+    def residence(self, session: Any) -> Residence:
+        return session._mppool.residence  # type: ignore[no-any-return]
+
+    def detach(self, session: Any) -> bytes:
+        host = session._mppool.host.encode()[:255]
+        return bytes([len(host)]) + host + session._mppool.greeting  # type: ignore[no-any-return]
+
+    def farewell(self, session: Any) -> bytes:
+        return cancel_request(session._mppool.greeting)
+
+    def _attach(self, fd: int, baggage: bytes) -> Any:
+        size = baggage[0] if baggage else 0
+        host, greeting = baggage[1 : 1 + size].decode(errors="replace"), baggage[1 + size :]
+        if not is_greeting(greeting):
+            raise ProtocolError(f"a baggage of {len(greeting)} bytes is no greeting of a PostgreSQL server")
+        conn = self.cls(replay(self.stage_arguments()[0], greeting, fd))
+        try:
+            with socket.socket(fileno=conn.fileno()) as known:
+                family, address = known.family, known.getpeername()
+                known.detach()
+            conn._mppool = Login(greeting, family, address, host, Residence.moves, adopted=True)
+            self.equip(conn, self.stage_arguments()[1])
+            return conn
+        except BaseException:
+            self.abort(conn)
+            raise
+
+    def stage_arguments(self) -> tuple[str, dict[str, Any]]:
+        """How libpq is started to be shown a greeting, and what psycopg is told besides."""
+        if self._shown is None:
+            conninfo, kwargs = self.arguments()
+            equipment = {name: kwargs.pop(name) for name in EQUIPMENT if name in kwargs}
+            params = conninfo_to_dict(conninfo, **kwargs)
+            self._shown = without_place({name: value for name, value in params.items() if name not in DULL}, "-"), equipment
+        return self._shown
+
+    def equip(self, conn: Any, equipment: Mapping[str, Any]) -> None:
+        """What ``connect()`` does to a connection after the login."""
+        conn._autocommit = bool(equipment.get("autocommit", False))
+        if equipment.get("row_factory"):
+            conn.row_factory = equipment["row_factory"]
+        if equipment.get("cursor_factory"):
+            conn.cursor_factory = equipment["cursor_factory"]
+        if equipment.get("context"):
+            conn._adapters = AdaptersMap(equipment["context"].adapters)
+        conn.prepare_threshold = equipment.get("prepare_threshold")
+        conn._prepared._prepared_idx = self.first_statement
+
+    def is_clean(self, session: Any) -> bool:
+        return session.pgconn.transaction_status == IDLE and session._pipeline is None
+
+    def check_set_up(self, session: Any) -> None:
+        if session.pgconn.transaction_status != IDLE:
+            raise psycopg.ProgrammingError(f"connection left in status {session.info.transaction_status.name} by configure={self.configure!r}; commit in it")
+
+    def forget(self, session: Any) -> None:
+        """What this process remembers of the session is void."""
+        prepared = session._prepared
+        for cache in (prepared._names, prepared._counts, getattr(prepared, "_to_flush", None), getattr(prepared, "_maint_commands", None)):
+            if cache is not None:
+                cache.clear()
+        if session._notifies_backlog:
+            session._notifies_backlog.clear()
+        greeting = session._mppool.greeting
+        if any(session.pgconn.parameter_status(name) not in (None, value) for name, value in settings_of(greeting)):
+            self.renew(session)
+
+    def renew(self, session: Any) -> None:
+        """libpq remembers settings that were changed here, and reset elsewhere: it is shown the login again."""
+        older, login = session.pgconn, session._mppool
+        pgconn = replay(self.stage_arguments()[0], login.greeting, older.socket)
+        wself = weakref.ref(session)
+        pgconn.notice_handler = partial(psycopg.BaseConnection._notice_handler, wself)
+        pgconn.notify_handler = partial(psycopg.BaseConnection._notify_handler, wself)
+        session.pgconn = pgconn
+        bury(older)
+
+    def abort(self, session: Any) -> None:
+        session._closed = True
+        bury(session.pgconn)
+
+    def forked(self) -> bool:
+        libpq.forked()
+        return residence_by(self.parameters(), socket.AF_INET) is Residence.moves
+
+    @staticmethod
+    def failed(error: psycopg.Error) -> DialFailed:
+        text = str(error)
+        hopeless = is_hopeless(error.sqlstate or "") or "password authentication failed" in text
+        return DialFailed(text, permanent=hopeless)
+
+
+class PsycopgDriver(Sessions, DriverBase):
+    """Lends ``psycopg.Connection`` objects (of a subclass of ``connection_class``). Arguments as of ``psycopg_pool.ConnectionPool``; see ``Sessions``."""
+
+    def __init__(
+        self,
+        conninfo: Conninfo = "",
+        *,
+        kwargs: Arguments = None,
+        connection_class: type[psycopg.Connection[Any]] = psycopg.Connection,
+        on_transfer: str = "reset",
+        configure: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(conninfo, kwargs=kwargs, connection_class=connection_class, on_transfer=on_transfer, configure=configure)
+
+    def dial(self) -> Any:
+        """Raises DialFailed, with psycopg's error as its cause."""
+        conninfo, kwargs = self.arguments()
+        try:
+            conn = self.cls.connect(conninfo, **kwargs)
+        except psycopg.Error as error:
+            raise self.failed(error) from error
+        conn._prepared._prepared_idx = self.first_statement
+        try:
+            self.set_up(conn)
+        except BaseException:
+            end(conn)
+            raise
+        return conn
+
+    def attach(self, fd: int, baggage: bytes) -> Any:
+        return self._attach(fd, baggage)
+
+    def tidy(self, session: Any) -> None:
+        status = session.pgconn.transaction_status
+        if session._pipeline is not None or status not in (IDLE, INTRANS, INERROR):
+            raise Error("the connection is in the middle of something")
+        if status != IDLE:
+            session.rollback()
+        if self.on_transfer == "always":
+            self.reset(session)
+            self.set_up(session)
+
+    def transferred(self, session: Any) -> None:
+        if self.on_transfer == "reset":
+            self.reset(session)
+        elif self.on_transfer == "always":
+            self.forget(session)
+        if self.on_transfer != "trust" or session._mppool.adopted:
+            self.set_up(session)
+            session._mppool = session._mppool._replace(adopted=False)
+
+    def set_up(self, session: Any) -> None:
+        """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""
+        if self.configure is not None:
+            self.configure(session)
+            self.check_set_up(session)
+
+    def reset(self, session: Any) -> None:
+        session.wait(command(session.pgconn, b"DISCARD ALL"))
+        self.forget(session)
+
+    def ping(self, session: Any) -> None:
+        session.wait(command(session.pgconn, b""))
+
+    def close(self, session: Any) -> None:
+        end(session)
+
+
+class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
+    """Lends ``psycopg.AsyncConnection`` objects; as PsycopgDriver. Nothing has to stop reading: psycopg watches a connection while it waits for it only."""
+
+    def __init__(
+        self,
+        conninfo: Conninfo = "",
+        *,
+        kwargs: Arguments = None,
+        connection_class: type[psycopg.AsyncConnection[Any]] = psycopg.AsyncConnection,
+        on_transfer: str = "reset",
+        configure: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(conninfo, kwargs=kwargs, connection_class=connection_class, on_transfer=on_transfer, configure=configure)
+
+    async def dial(self) -> Any:
+        """Raises DialFailed, with psycopg's error as its cause."""
+        conninfo, kwargs = self.arguments()
+        try:
+            conn = await self.cls.connect(conninfo, **kwargs)
+        except psycopg.Error as error:
+            raise self.failed(error) from error
+        conn._prepared._prepared_idx = self.first_statement
+        try:
+            await self.set_up(conn)
+        except BaseException:
+            end(conn)
+            raise
+        return conn
+
+    def attach(self, fd: int, baggage: bytes) -> Any:
+        return self._attach(fd, baggage)  # some 50 us, with nobody to wait for
+
+    async def tidy(self, session: Any) -> None:
+        status = session.pgconn.transaction_status
+        if session._pipeline is not None or status not in (IDLE, INTRANS, INERROR):
+            raise Error("the connection is in the middle of something")
+        if status != IDLE:
+            await session.rollback()
+        if self.on_transfer == "always":
+            await self.reset(session)
+            await self.set_up(session)
+
+    async def transferred(self, session: Any) -> None:
+        if self.on_transfer == "reset":
+            await self.reset(session)
+        elif self.on_transfer == "always":
+            self.forget(session)
+        if self.on_transfer != "trust" or session._mppool.adopted:
+            await self.set_up(session)
+            session._mppool = session._mppool._replace(adopted=False)
+
+    async def set_up(self, session: Any) -> None:
+        """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""
+        if self.configure is not None:
+            said = self.configure(session)
+            if isawaitable(said):
+                await said
+            self.check_set_up(session)
+
+    async def reset(self, session: Any) -> None:
+        await session.wait(command(session.pgconn, b"DISCARD ALL"))
+        self.forget(session)
+
+    async def ping(self, session: Any) -> None:
+        await session.wait(command(session.pgconn, b""))
+
+    async def close(self, session: Any) -> None:
+        end(session)
+
+
+def command(pgconn: pq.abc.PGconn, sql: bytes) -> Any:
+    """A round trip, as psycopg's own: told by ``Connection.wait``."""
+    pgconn.send_query(sql)
+    results = yield from generators.execute(pgconn)
+    for result in results:
+        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY):
+            raise psycopg.errors.error_from_result(result)
