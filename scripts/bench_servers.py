@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Skipped", "broker", "dies_with_parent", "postgres", "private_directory", "redis", "silent_server"]
+__all__ = ["Skipped", "broker", "dies_with_parent", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
 
 _libc = ctypes.CDLL(None)
 
@@ -52,11 +52,11 @@ def silent_server() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def broker(path: str) -> Iterator[None]:
+def broker(path: str) -> Iterator[int]:
     """``mppool broker`` on this socket. If the benchmark is killed, it outlives the workers for a moment, and tidies up after them."""
     command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", "5"]
-    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_UNIX, path), preexec_fn=None):
-        yield
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_UNIX, path), preexec_fn=None) as pid:
+        yield pid
 
 
 @contextlib.contextmanager
@@ -71,25 +71,64 @@ def redis(directory: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def postgres(directory: str) -> Iterator[str]:
-    """The conninfo of a PostgreSQL with a new data directory. Raises Skipped."""
+def postgres(directory: str, password: str = "") -> Iterator[str]:
+    """The conninfo of a PostgreSQL with a new data directory; with a ``password`` logins are by SCRAM. Raises Skipped."""
     found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb")) + [path for path in [shutil.which("initdb")] if path]
     if not found:
         raise Skipped("PostgreSQL's server is not installed")
     programs, data, port = os.path.dirname(found[0]), f"{directory}/data", _free_port()
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # it refuses to run as root
-        account = next((entry for entry in pwd.getpwall() if entry.pw_name == "postgres"), None) or pwd.getpwnam("nobody")
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        os.chown(directory, account.pw_uid, account.pw_gid)
-    initdb = [f"{programs}/initdb", "-D", data, "-U", "bench", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+    user = unprivileged(directory)
+    initdb = [f"{programs}/initdb", "-D", data, "-U", "bench", "-E", "UTF8", "--locale=C", "--no-sync"]
+    if password:
+        with open(f"{directory}/secret", "w", encoding="ascii") as file:
+            file.write(password)
+        os.chmod(f"{directory}/secret", 0o644)
+    initdb += ["-A", "scram-sha-256", f"--pwfile={directory}/secret"] if password else ["-A", "trust"]
     made = subprocess.run(initdb, cwd="/", capture_output=True, text=True, check=False, **user)
     if made.returncode:
         raise Skipped(f"initdb failed: {made.stderr.strip().splitlines()[-1:]}")
     command = [f"{programs}/postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", directory, "-F"]
     # SIGQUIT: its own children end with it, at once.
     with _running(command, signal.SIGQUIT, lambda: os.path.exists(f"{data}/postmaster.pid") and _pg_is_ready(data), cwd="/", **user):
-        yield f"host=127.0.0.1 port={port} user=bench dbname=postgres sslmode=disable"
+        yield f"host=127.0.0.1 port={port} user=bench dbname=postgres sslmode=disable" + (f" password={password}" if password else "")
+
+
+@contextlib.contextmanager
+def pgbouncer(directory: str, conninfo: str, size: int) -> Iterator[tuple[str, int]]:
+    """The conninfo of a PgBouncer in front of that PostgreSQL, pooling transactions over ``size`` connections, and its pid. Raises Skipped."""
+    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise Skipped("pgbouncer is not installed")
+    port = _free_port()
+    settings = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "pool_mode": "transaction",
+        "default_pool_size": size,
+        "max_client_conn": 500,
+        "auth_type": "trust",
+        "auth_file": f"{directory}/users",
+        "ignore_startup_parameters": "extra_float_digits",
+        "logfile": f"{directory}/pgbouncer.log",
+    }
+    with open(f"{directory}/users", "w", encoding="ascii") as file:
+        file.write('"bench" ""\n')
+    with open(f"{directory}/pgbouncer.ini", "w", encoding="ascii") as file:
+        file.write(f"[databases]\nbench = {conninfo.replace(' sslmode=disable', '')}\n[pgbouncer]\n")
+        file.writelines(f"{name} = {value}\n" for name, value in settings.items())
+    user = unprivileged(directory)
+    with _running([program, f"{directory}/pgbouncer.ini"], signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port)), cwd="/", **user) as pid:
+        yield f"host=127.0.0.1 port={port} user=bench dbname=bench sslmode=disable", pid
+
+
+def unprivileged(directory: str) -> dict[str, Any]:
+    """Options of Popen for servers that refuse to run as root, who may write to ``directory`` then."""
+    if os.geteuid() != 0:
+        return {}
+    account = next((entry for entry in pwd.getpwall() if entry.pw_name == "postgres"), None) or pwd.getpwnam("nobody")
+    os.chown(directory, account.pw_uid, account.pw_gid)
+    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
 def _pg_is_ready(data: str) -> bool:
@@ -99,7 +138,7 @@ def _pg_is_ready(data: str) -> bool:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], ending: signal.Signals, ready: Callable[[], bool], **options: Any) -> Iterator[None]:
+def _running(command: list[str], ending: signal.Signals, ready: Callable[[], bool], **options: Any) -> Iterator[int]:
     """A server, from when it is ready until it has ended by the signal ``ending``."""
     process = subprocess.Popen(command, **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "preexec_fn": dies_with_parent(ending), **options})
     try:
@@ -108,7 +147,7 @@ def _running(command: list[str], ending: signal.Signals, ready: Callable[[], boo
             if process.poll() is not None or time.monotonic() > until:
                 raise Skipped(f"{os.path.basename(command[0])} did not start (exit code {process.poll()})")
             time.sleep(0.01)
-        yield
+        yield process.pid
     finally:
         if process.poll() is None:
             process.send_signal(ending)

@@ -280,7 +280,8 @@ class ConnectionPool(_Shared):
         except mppool.Error as error:
             self._failed(error)
             raise translated(error) from error.__cause__
-        conn._pool = self
+        if conn._pool is not self:
+            conn._pool = self
         return conn
 
     def putconn(self, conn: Any) -> None:
@@ -374,11 +375,17 @@ class _Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         conn, pool = self._conn, self._pool
+        if kind is None and conn.pgconn.transaction_status == IDLE and conn._pipeline is None:  # nothing to commit
+            try:
+                pool._pool.putconn(conn)
+            except mppool.Error:
+                if pool.lends(conn):
+                    raise
+            return  # (else it was returned in the block)
         try:
-            if kind is not None or conn.pgconn.transaction_status != IDLE or conn._pipeline is not None:
-                conn.__exit__(kind, error, trace)  # which commits, or rolls back
+            conn.__exit__(kind, error, trace)  # which commits, or rolls back
         finally:
-            if pool.lends(conn):  # else it was returned in the block
+            if pool.lends(conn):
                 pool.putconn(conn)
 
 
