@@ -109,7 +109,7 @@ class Session(Connection):
 
     def read_ahead(self) -> bool:
         """Does the reader hold bytes that nobody asked for yet? (No I/O: see _Raw.)"""
-        return self._rfile.tell() != _Raw.PLACE
+        return bool(self._rfile.tell() != _Raw.PLACE)
 
     def let_go(self) -> None:
         """Close our descriptor without a word: no COM_QUIT, and no cursor that later reads the rest of its result."""
@@ -203,7 +203,7 @@ class PyMySQLDriver(DriverBase):
             self.on_transfer,
         )
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-        return f"pymysql/1 {text(model.user)}@{self.target}/{text(model.db or '')} {digest}"
+        return f"pymysql/1 {text(model.user)}@{self.target}/{text(model.db)} {digest}"
 
     def dial(self) -> Session:
         model = self._model()
@@ -365,8 +365,8 @@ def settings(model: Session) -> bytes:
     return statement.encode(model.encoding)
 
 
-def text(value: str | bytes) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+def text(value: str | bytes | None) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
 
 
 def packet(number: int, payload: bytes) -> bytes:
