@@ -183,7 +183,7 @@ class PyMySQLDriver(DriverBase):
         if self._template is None or self._pid != os.getpid():  # which it tells the server
             try:
                 self._template = Session(**self.arguments)
-            except (TypeError, ValueError, KeyError, NotImplementedError, OSError) as error:
+            except Exception as error:
                 raise OptionError(f"pymysql.connect(): {type(error).__name__}: {error}") from error
             self._pid = os.getpid()
         return self._template
@@ -284,14 +284,15 @@ class PyMySQLDriver(DriverBase):
 
     def tidy(self, session: Session) -> None:
         """Roll back; reset, if that is the policy, or if settings have changed that the driver knows of."""
-        if session._sock is None or session.unanswered or session.read_ahead():
+        result = session._result
+        if session._sock is None or session.unanswered or (result is not None and result.unbuffered_active):
             raise err.InterfaceError(0, "an answer was not read to its end")
-        if session._result is not None and session._result.unbuffered_active:
-            raise err.InterfaceError(0, "an unbuffered result was not read to its end")
+        if session.read_ahead() and not (result is not None and result.has_next):
+            raise err.InterfaceError(0, "the server said something that nobody asked for")
+        session.rollback()  # after reading what further results there are
         if self.tidies_always:
             self.reset(session)
             return
-        session.rollback()
         if not self.is_clean(session):
             self.reset(session)
 
