@@ -254,6 +254,7 @@ class PyMySQLDriver(DriverBase):
         with theirs:
             try:
                 theirs.sendall(baggage[4:] + packet(2, OK) + packet(1, OK))  # greeting, login, SET NAMES
+                theirs.shutdown(socket.SHUT_WR)  # whatever else is read is not waited for
                 session.ssl = False
                 session.sql_mode = session.init_command = session.autocommit_mode = None
                 session.connect(ours)
