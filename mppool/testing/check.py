@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_driver(
                 continue
             kit.name = f"check-{name}"
             try:
-                note = processes.outcome(lambda check=check: check(kit), timeout)  # type: ignore[misc]
+                note = processes.outcome(functools.partial(tried, kit, check), timeout)
             except DoesNotApply as reason:
                 report.skipped[name] = str(reason)
             except PromiseBroken as seen:
@@ -62,3 +63,8 @@ def check_driver(
     if report.broken:
         raise BrokenDriver(report)
     return report
+
+
+def tried(kit: Kit, check: Callable[[Kit], str | None]) -> str | None:
+    kit.begin()
+    return check(kit)

@@ -54,6 +54,10 @@ class Kit:
             self.loop = asyncio.new_event_loop()
         return self.loop.run_until_complete(call())
 
+    def begin(self) -> None:
+        """In the process of a check: a loop has descriptors of its own, which are not the driver's."""
+        self.run(int)
+
     def pool(self, max_size: int = 1) -> Any:
         from mppool.aio import AsyncPool
         from mppool.pool import Pool
@@ -62,7 +66,7 @@ class Kit:
         return kind(driver=self.driver, name=self.name, max_size=max_size, broker=self.broker, timeout=self.timeout / 2)
 
     def is_overridden(self, method: str) -> bool:
-        return getattr(type(self.driver), method) is not getattr(DriverBase, method)
+        return getattr(type(self.driver), method) not in (getattr(DriverBase, method), getattr(AsyncDriverBase, method))
 
     # Sessions.
 

@@ -144,6 +144,7 @@ def attach(kit: Kit) -> str:
         kit.must_move(session)
         before, took = kit.who(session), []
         carried = kit.driver.detach(session)
+        end_use(kit, session)
         for n in range(5):
             began = time.perf_counter()
             attached = kit.attach(given.fileno(), carried)
@@ -479,6 +480,7 @@ class silent:
 
 def settle(kit: Kit, session: Any) -> None:
     """As the pool does before it lends what another process used."""
+    kit.resume(session)
     if kit.driver.minds_transfer:
         kit.run(kit.driver.transferred, session)
 
