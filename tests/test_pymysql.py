@@ -443,6 +443,8 @@ def test_a_login_that_will_never_work_fails_at_once(database: MariaDB, broker: B
         with pytest.raises(mppool.DialFailed, match=said) as failure:
             pool.getconn()
         assert failure.value.permanent
+        assert isinstance(failure.value, pymysql.err.OperationalError)
+        assert failure.value.args[0] in (1044, 1045, 1049)
         assert time.monotonic() - began < 30
         assert "wrong" not in str(failure.value).replace(said, "")
         assert pool.get_stats()["size"] == 0

@@ -19,13 +19,28 @@ try:
 except ImportError as error:
     raise ImportError("mppool.integrations.pymysql needs PyMySQL: pip install mppool[pymysql]") from error
 
+from mppool import errors
 from mppool.drivers.pymysql import PyMySQLDriver
 from mppool.options import Options, default_name
 from mppool.pool import Lease, Pool
 
-__all__ = ["Connection", "ConnectionPool"]
+__all__ = ["ConnectFailed", "Connection", "ConnectionPool", "PoolTimeout"]
+
+CR_CONN_HOST_ERROR = 2003
 
 OURS = (Options.names() | {"name", "broker", "autostart"}) - {"connect_timeout"}  # which is PyMySQL's, too, and means the same there
+
+
+class ConnectFailed(errors.DialFailed, err.OperationalError):
+    """The server refuses for good (wrong password, no such database). Also PyMySQL's OperationalError; ``args`` are the server's code and words."""
+
+    def __init__(self, code: int, message: str, *, permanent: bool) -> None:
+        super().__init__(message, permanent=permanent)
+        self.args = (code, message)
+
+
+class PoolTimeout(errors.PoolTimeout, err.OperationalError):
+    """No connection became free in time. Also PyMySQL's OperationalError."""
 
 
 class ConnectionPool(Pool):
@@ -48,6 +63,18 @@ class ConnectionPool(Pool):
 
     def __reduce__(self) -> tuple[Callable[[], ConnectionPool], tuple[()]]:
         return functools.partial(type(self), **self._given), ()
+
+    def getconn(self, timeout: float | None = None) -> Any:
+        """As ``mppool.Pool.getconn``; DialFailed and PoolTimeout are also ``pymysql.err.OperationalError``."""
+        try:
+            return super().getconn(timeout)
+        except errors.DialFailed as error:
+            code, message = (
+                error.__cause__.args if isinstance(error.__cause__, err.MySQLError) and len(error.__cause__.args) == 2 else (CR_CONN_HOST_ERROR, str(error))
+            )
+            raise ConnectFailed(code, message, permanent=error.permanent) from error
+        except errors.PoolTimeout as error:
+            raise PoolTimeout(str(error)) from error.__cause__
 
     def connection(self, timeout: float | None = None) -> Transaction:
         """``with pool.connection() as conn:`` lends a session for the block, and commits at its end; after an exception it rolls back.

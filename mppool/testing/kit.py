@@ -145,6 +145,11 @@ class Kit:
         finally:
             sock.close()
 
+    def is_readable(self, session: Any) -> bool:
+        """Is there something to read on a session that nobody uses, or within a moment? The pool would close it."""
+        with self.socket_of(session) as sock:
+            return bool(select.select([sock], [], [], 0.05)[0])
+
     def must_not_block(self, session: Any, when: str) -> None:
         if os.get_blocking(self.fd_of(session)):
             raise PromiseBroken(f"{when} the connection is in blocking mode, for every process that has it")

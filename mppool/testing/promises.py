@@ -336,7 +336,7 @@ def dirt(kit: Kit) -> str:
     with kit.dialed() as session:
         fresh = kit.run(kit.look, session) if kit.look is not None else None
     became = []
-    for name, leave in kit.dirty.items():
+    for name in kit.dirty:
         with borrower(kit) as one, borrower(kit) as two:
             before = one("who")
             one("soil", name)
@@ -367,6 +367,8 @@ def reset(kit: Kit) -> str:
             try:
                 if not kit.clean(session):
                     kit.run(kit.driver.tidy, session)
+                if kit.is_readable(session):
+                    raise PromiseBroken  # for the pool, which looks before it lends
                 kit.run(kit.driver.reset, session)
             except Exception:
                 became.append(f"{name} refused")
