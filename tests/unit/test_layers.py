@@ -22,12 +22,12 @@ LAYERS = [
     ["launch", "shell", "pool", "aio"],
     ["keeper", "desk", "bond", "fdstore", "succession", "broker"],
     ["inspect", "supervisor"],
-    ["integrations", "cli"],
+    ["integrations", "testing", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 WORKERS_SIDE = {"attached", "line", "worker", "stray", "conversation", "returning", "dialing", "alone", "checkout", "launch", "shell", "pool", "aio"}
 BROKERS_SIDE = {"keeper", "desk", "bond", "fdstore", "succession", "broker"}
-EDGE = {"integrations", "cli"}
+EDGE = {"integrations", "testing", "cli"}
 
 ROOT = Path(mppool.__file__).parent
 
@@ -118,7 +118,7 @@ def test_the_kernel_layer_knows_errors_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nobody_imports_the_edge(name: str) -> None:
-    """Only ``__main__`` imports the command line, and nobody the integrations, but themselves."""
+    """Only ``__main__`` imports the command line, and nobody the integrations or the kit for drivers, but themselves."""
     allowed = {top(name), "cli"} if name == "__main__" else {top(name)}
     assert {top(imported) for imported in imports_of(name)} & EDGE <= allowed
 
