@@ -19,8 +19,10 @@ from inspect import isawaitable
 from types import TracebackType
 from typing import Any
 
-import mppool
+from mppool import errors
+from mppool.aio import AsyncPool
 from mppool.drivers.psycopg import AsyncPsycopgDriver, PsycopgDriver
+from mppool.pool import Pool
 
 try:
     import psycopg_pool  # its exceptions are what its users catch
@@ -43,30 +45,30 @@ log = logging.getLogger("mppool")
 IDLE, ACTIVE = TransactionStatus.IDLE, TransactionStatus.ACTIVE
 
 
-class PoolTimeout(mppool.PoolTimeout, _Timeout):  # type: ignore[misc]
+class PoolTimeout(errors.PoolTimeout, _Timeout):  # type: ignore[misc]
     """No connection became free in time. Also psycopg_pool's PoolTimeout, if that is installed, and psycopg's OperationalError."""
 
 
-class PoolClosed(mppool.PoolClosed, _Closed):  # type: ignore[misc]
+class PoolClosed(errors.PoolClosed, _Closed):  # type: ignore[misc]
     """The pool was used after ``close()``. Also psycopg_pool's PoolClosed and psycopg's OperationalError."""
 
 
-class TooManyRequests(mppool.TooManyWaiting, _TooMany):  # type: ignore[misc]
+class TooManyRequests(errors.TooManyWaiting, _TooMany):  # type: ignore[misc]
     """``max_waiting`` callers wait already. Also psycopg_pool's TooManyRequests and psycopg's OperationalError."""
 
 
-class ConnectFailed(mppool.DialFailed, psycopg.OperationalError):
+class ConnectFailed(errors.DialFailed, psycopg.OperationalError):
     """The server refuses for good (wrong password, no such database), or was down for longer than ``reconnect_timeout``."""
 
 
-def translated(error: mppool.Error) -> mppool.Error:
+def translated(error: errors.Error) -> errors.Error:
     """What psycopg_pool's users expect, with the same words and cause."""
-    for ours, theirs in ((mppool.PoolTimeout, PoolTimeout), (mppool.PoolClosed, PoolClosed), (mppool.TooManyWaiting, TooManyRequests)):
+    for ours, theirs in ((errors.PoolTimeout, PoolTimeout), (errors.PoolClosed, PoolClosed), (errors.TooManyWaiting, TooManyRequests)):
         if isinstance(error, ours):
-            raised: mppool.Error = theirs(str(error))
+            raised: errors.Error = theirs(str(error))
             break
     else:
-        if not isinstance(error, mppool.DialFailed):
+        if not isinstance(error, errors.DialFailed):
             return error
         raised = ConnectFailed(str(error), permanent=error.permanent)
     raised.__cause__ = error.__cause__
@@ -213,7 +215,7 @@ class ConnectionPool(_Shared):
     Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed: all are psycopg.OperationalError, too.
     """
 
-    _pool: mppool.Pool
+    _pool: Pool
 
     def __init__(
         self,
@@ -264,8 +266,8 @@ class ConnectionPool(_Shared):
         if open:
             self.open()
 
-    def _make(self, **options: Any) -> mppool.Pool:
-        return mppool.Pool(**options)
+    def _make(self, **options: Any) -> Pool:
+        return Pool(**options)
 
     # Connections.
 
@@ -277,7 +279,7 @@ class ConnectionPool(_Shared):
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
         try:
             conn = self._pool.getconn(timeout)
-        except mppool.Error as error:
+        except errors.Error as error:
             self._failed(error)
             raise translated(error) from error.__cause__
         if conn._pool is not self:
@@ -288,7 +290,7 @@ class ConnectionPool(_Shared):
         """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
         try:
             self._pool.putconn(conn, discard=self._judged(conn))
-        except mppool.Error as error:
+        except errors.Error as error:
             if self.lends(conn):
                 raise
             raise self._not_ours(conn) from error
@@ -299,7 +301,7 @@ class ConnectionPool(_Shared):
         try:
             for _ in range(self._pool.get_stats()["idle"]):
                 lent.append(self._pool.getconn(timeout=0))  # noqa: PERF401 (what was lent before a failure is returned)
-        except mppool.PoolTimeout:
+        except errors.PoolTimeout:
             pass  # others were faster
         finally:
             for conn in lent:
@@ -329,7 +331,7 @@ class ConnectionPool(_Shared):
         """Take part in the pool, and connect until ``min_size`` connections are there. ``wait``: PoolTimeout if they are not within ``timeout`` seconds."""
         try:
             self._pool.open(wait, timeout)
-        except mppool.Error as error:
+        except errors.Error as error:
             raise translated(error) from error.__cause__
 
     def wait(self, timeout: float = 30.0) -> None:
@@ -355,8 +357,8 @@ class ConnectionPool(_Shared):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _failed(self, error: mppool.Error) -> None:
-        if isinstance(error, mppool.DialFailed) and not error.permanent and self._reconnect_failed is not None:
+    def _failed(self, error: errors.Error) -> None:
+        if isinstance(error, errors.DialFailed) and not error.permanent and self._reconnect_failed is not None:
             self._reconnect_failed(self)
 
 
@@ -378,7 +380,7 @@ class _Lease:
         if kind is None and conn.pgconn.transaction_status == IDLE and conn._pipeline is None:  # nothing to commit
             try:
                 pool._pool.putconn(conn)
-            except mppool.Error:
+            except errors.Error:
                 if pool.lends(conn):
                     raise
             return  # (else it was returned in the block)
@@ -392,7 +394,7 @@ class _Lease:
 class AsyncConnectionPool(_Shared):
     """A drop-in for ``psycopg_pool.AsyncConnectionPool``: as ConnectionPool, which says what differs, with psycopg's AsyncConnection."""
 
-    _pool: mppool.AsyncPool
+    _pool: AsyncPool
 
     def __init__(
         self,
@@ -442,8 +444,8 @@ class AsyncConnectionPool(_Shared):
             **options,
         )
 
-    def _make(self, **options: Any) -> mppool.AsyncPool:
-        return mppool.AsyncPool(**options)
+    def _make(self, **options: Any) -> AsyncPool:
+        return AsyncPool(**options)
 
     def connection(self, timeout: float | None = None) -> _AsyncLease:
         """``async with pool.connection() as conn:`` commits at the end of the block, or rolls back after an exception, and returns the connection."""
@@ -453,8 +455,8 @@ class AsyncConnectionPool(_Shared):
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
         try:
             conn = await self._pool.getconn(timeout)
-        except mppool.Error as error:
-            if isinstance(error, mppool.DialFailed) and not error.permanent and self._reconnect_failed is not None:
+        except errors.Error as error:
+            if isinstance(error, errors.DialFailed) and not error.permanent and self._reconnect_failed is not None:
                 said = self._reconnect_failed(self)
                 if isawaitable(said):
                     await said
@@ -466,7 +468,7 @@ class AsyncConnectionPool(_Shared):
         """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
         try:
             await self._pool.putconn(conn, discard=self._judged(conn))
-        except mppool.Error as error:
+        except errors.Error as error:
             if self.lends(conn):
                 raise
             raise self._not_ours(conn) from error
@@ -477,7 +479,7 @@ class AsyncConnectionPool(_Shared):
         try:
             for _ in range(self._pool.get_stats()["idle"]):
                 lent.append(await self._pool.getconn(timeout=0))  # noqa: PERF401 (what was lent before a failure is returned)
-        except mppool.PoolTimeout:
+        except errors.PoolTimeout:
             pass  # others were faster
         finally:
             for conn in lent:
@@ -505,7 +507,7 @@ class AsyncConnectionPool(_Shared):
         """Take part in the pool, and connect until ``min_size`` connections are there. ``wait``: PoolTimeout if they are not within ``timeout`` seconds."""
         try:
             await self._pool.open(wait, timeout)
-        except mppool.Error as error:
+        except errors.Error as error:
             raise translated(error) from error.__cause__
 
     async def wait(self, timeout: float = 30.0) -> None:

@@ -15,6 +15,7 @@ import pymysql
 import pytest
 
 from tests.helpers.daemons import daemon, free_port, needs
+from tests.helpers.processes import eventually
 
 __all__ = ["MariaDB", "mariadb", "needs_mariadb", "sessions_of"]
 
@@ -55,6 +56,14 @@ class MariaDB:
     def start(self) -> None:
         self._running = daemon(self.command, self.port, self.directory / "log")
         self._process = self._running.__enter__()
+        eventually(self._answers, 20, what="MariaDB does not answer")
+
+    def _answers(self) -> bool:
+        try:
+            self.ask("select 1")
+        except pymysql.err.OperationalError:
+            return False
+        return True
 
     def stop(self) -> None:
         """In good order: the server says goodbye to its clients."""
