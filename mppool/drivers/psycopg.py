@@ -31,6 +31,7 @@ from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.drivers.conninfo import password_for, place_of, residence_by, with_defaults, without_place
 from mppool.drivers.libpq import Waits, bury, connected, offers_tls, relayed, replay
 from mppool.drivers.postgres import cancel_request, is_greeting, is_hopeless, settings_of
+from mppool.drivers.streams import within
 from mppool.errors import DialFailed, Error, OptionError, ProtocolError
 from mppool.states import Residence
 
@@ -199,7 +200,7 @@ async def cancel_async(login: Login, timeout: float | None) -> None:
             await loop.sock_recv(sock, 1)
 
     try:
-        await asyncio.wait_for(ask(), timeout)
+        await within(timeout, ask())
     except asyncio.TimeoutError:
         raise psycopg.errors.CancellationTimeout("cancellation timeout expired") from None
     except OSError as error:

@@ -5,14 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Awaitable
+from typing import Any, NamedTuple, TypeVar
 
 from mppool.drivers.base import AsyncDriverBase
 from mppool.drivers.dialer import Dialer, abandon, addresses, adopt, dial_failed, prepare
 from mppool.options import Target
 from mppool.states import Residence
 
-__all__ = ["AsyncDialer", "AsyncRawDriver", "StreamDriver", "Streams", "drop"]
+__all__ = ["AsyncDialer", "AsyncRawDriver", "StreamDriver", "Streams", "drop", "within"]
+
+T = TypeVar("T")
+
+
+if sys.version_info >= (3, 11):
+
+    async def within(seconds: float | None, what: Awaitable[T]) -> T:
+        """Await it, so many seconds at most. Raises asyncio.TimeoutError. (``asyncio.wait_for`` may swallow a cancellation that comes late.)"""
+        async with asyncio.timeout(seconds):
+            return await what
+
+else:
+
+    async def within(seconds: float | None, what: Awaitable[T]) -> T:
+        """Await it, so many seconds at most. Raises asyncio.TimeoutError."""
+        return await asyncio.wait_for(what, seconds)
 
 
 class AsyncDialer(Dialer):
@@ -21,7 +39,7 @@ class AsyncDialer(Dialer):
     async def connect(self) -> socket.socket:
         """A connected, non-blocking socket. Raises DialFailed; permanent if the host name does not exist."""
         try:
-            return await asyncio.wait_for(self._first(), self.connect_timeout)
+            return await within(self.connect_timeout, self._first())
         except asyncio.TimeoutError:
             raise dial_failed(self.target, TimeoutError(f"no connection within connect_timeout={self.connect_timeout:g} s")) from None
         except (OSError, UnicodeError) as error:

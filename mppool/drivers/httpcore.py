@@ -1,0 +1,211 @@
+"""HTTP/1.1 connections as httpcore has them, by its public API alone: an ``HTTP11Connection`` over a network stream of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from typing import Any
+
+import httpcore
+
+from mppool.drivers.base import AsyncDriverBase, DriverBase
+from mppool.drivers.dialer import FOREVER, Dialer, abandon, adopt
+from mppool.drivers.streams import AsyncDialer, within
+from mppool.errors import DialFailed
+from mppool.options import Target
+from mppool.states import Residence
+
+__all__ = ["AsyncHttpcoreDriver", "HttpcoreDriver"]
+
+
+class Stream(httpcore.NetworkStream):
+    """A connection's socket, for httpcore. Owns it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._do(timeout, httpcore.ReadTimeout, httpcore.ReadError, self.sock.recv, max_bytes)  # type: ignore[no-any-return]
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        if buffer:
+            self._do(timeout, httpcore.WriteTimeout, httpcore.WriteError, self.sock.sendall, buffer)
+
+    def _do(self, timeout: float | None, late: type[Exception], failed: type[Exception], call: Any, argument: Any) -> Any:
+        try:
+            self.sock.settimeout(FOREVER if timeout is None else timeout)
+            return call(argument)
+        except TimeoutError as error:
+            raise late(str(error)) from error
+        except OSError as error:
+            raise failed(str(error)) from error
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        return extra_info(self.sock, info)
+
+
+class AsyncStream(httpcore.AsyncNetworkStream):
+    """Likewise, non-blocking. Reads when httpcore wants to, and else not."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        try:
+            return await within(timeout, asyncio.get_running_loop().sock_recv(self.sock, max_bytes))
+        except asyncio.TimeoutError as error:
+            raise httpcore.ReadTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ReadError(str(error)) from error
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        try:
+            if buffer:
+                await within(timeout, asyncio.get_running_loop().sock_sendall(self.sock, buffer))
+        except asyncio.TimeoutError as error:
+            raise httpcore.WriteTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
+
+    async def aclose(self) -> None:
+        self.sock.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        return extra_info(self.sock, info)
+
+
+def extra_info(sock: socket.socket, info: str) -> Any:
+    if info == "ssl_object":
+        return sock if isinstance(sock, ssl.SSLSocket) else None
+    if info in ("socket", "client_addr", "server_addr"):
+        return sock if info == "socket" else (sock.getsockname() if info == "client_addr" else sock.getpeername())
+    return None
+
+
+class Session:
+    """What the pool lends: httpcore's connection, and the stream under it."""
+
+    __slots__ = ("connection", "stream")
+
+    def __init__(self, connection: Any, stream: Any) -> None:
+        self.connection = connection
+        self.stream = stream
+
+
+class HttpcoreDriver(DriverBase):
+    """Connections to one origin. With ``ssl_context`` they are TLS ones, which stay with the process that made them."""
+
+    name = "http"
+
+    def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0, ssl_context: ssl.SSLContext | None = None) -> None:
+        self.origin = origin
+        self.ssl_context = ssl_context
+        self.dialer = Dialer(target_of(origin), connect_timeout)
+
+    def key(self) -> str:
+        return f"http/1 {self.origin}"[:255]
+
+    def dial(self) -> Session:
+        """Raises DialFailed, always permanent: a request that finds the server down says so at once."""
+        try:
+            sock = self.dialer.dial()
+        except DialFailed as error:
+            raise DialFailed(str(error), permanent=True) from error
+        if self.ssl_context is not None:
+            try:
+                sock.settimeout(self.dialer.connect_timeout)
+                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.dialer.target.host)
+                sock.settimeout(FOREVER)
+            except OSError as error:
+                sock.close()
+                raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+        return self._session(sock)
+
+    def _session(self, sock: socket.socket) -> Session:
+        stream = Stream(sock)
+        return Session(httpcore.HTTP11Connection(self.origin, stream), stream)
+
+    def fileno(self, session: Session) -> int:
+        return int(session.stream.sock.fileno())
+
+    def residence(self, session: Session) -> Residence:
+        return Residence.tls if isinstance(session.stream.sock, ssl.SSLSocket) else Residence.moves
+
+    def attach(self, fd: int, baggage: bytes) -> Session:
+        return self._session(adopt(fd))
+
+    def is_clean(self, session: Session) -> bool:
+        """The last response was read to its end, and neither side said that it closes. Puts the timeout back."""
+        if not is_at_rest(session.connection):
+            return False
+        session.stream.sock.settimeout(FOREVER)
+        return True
+
+    def close(self, session: Session) -> None:
+        session.stream.close()
+
+    def abort(self, session: Session) -> None:
+        abandon(session.stream.sock)
+
+    def forked(self) -> bool:
+        return self.dialer.forked()
+
+
+class AsyncHttpcoreDriver(AsyncDriverBase):
+    """As HttpcoreDriver, for asyncio; without TLS."""
+
+    name = "http"
+
+    def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0) -> None:
+        self.origin = origin
+        self.dialer = AsyncDialer(target_of(origin), connect_timeout)
+
+    def key(self) -> str:
+        return f"http/1 {self.origin}"[:255]
+
+    async def dial(self) -> Session:
+        """Raises DialFailed, always permanent: a request that finds the server down says so at once."""
+        try:
+            return self._session(await self.dialer.connect())
+        except DialFailed as error:
+            raise DialFailed(str(error), permanent=True) from error
+
+    def _session(self, sock: socket.socket) -> Session:
+        stream = AsyncStream(sock)
+        return Session(httpcore.AsyncHTTP11Connection(self.origin, stream), stream)
+
+    def fileno(self, session: Session) -> int:
+        return int(session.stream.sock.fileno())
+
+    def residence(self, session: Session) -> Residence:
+        return Residence.moves
+
+    def attach(self, fd: int, baggage: bytes) -> Session:
+        sock = adopt(fd)
+        sock.setblocking(False)
+        return self._session(sock)
+
+    def is_clean(self, session: Session) -> bool:
+        return is_at_rest(session.connection)
+
+    def close(self, session: Session) -> None:
+        session.stream.sock.close()
+
+    def abort(self, session: Session) -> None:
+        abandon(session.stream.sock)
+
+    def forked(self) -> bool:
+        return self.dialer.forked()
+
+
+def is_at_rest(connection: Any) -> bool:
+    """Between two requests, or before the first: the public words for both are that it would take one."""
+    return bool(connection.is_idle()) or "NEW" in connection.info()
+
+
+def target_of(origin: httpcore.Origin) -> Target:
+    return Target("tcp", origin.host.decode("ascii"), origin.port)

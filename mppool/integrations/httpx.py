@@ -1,0 +1,195 @@
+"""httpx: transports whose connections all worker processes of the host share.
+
+import httpx
+from mppool.integrations.httpx import HTTPTransport
+
+client = httpx.Client(transport=HTTPTransport(max_connections=8))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+try:
+    import httpcore
+    import httpx
+except ImportError as error:
+    raise ImportError("mppool needs httpx for this: pip install 'mppool[httpx]'") from error
+
+from mppool.aio import AsyncPool
+from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session
+from mppool.errors import DialFailed, PoolTimeout, TooManyWaiting
+from mppool.pool import Pool
+
+__all__ = ["AsyncHTTPTransport", "HTTPTransport"]
+
+NAMES = [name for name in httpcore.__all__ if isinstance(getattr(httpcore, name), type) and issubclass(getattr(httpcore, name), Exception)]
+PORTS = {"http": 80, "https": 443}
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """httpcore's exceptions, and ours, become httpx's: the same names."""
+    try:
+        yield
+    except (PoolTimeout, TooManyWaiting) as error:
+        raise httpx.PoolTimeout(str(error)) from error
+    except DialFailed as error:
+        late = isinstance(error.__cause__ and error.__cause__.__cause__, TimeoutError)
+        raise (httpx.ConnectTimeout if late else httpx.ConnectError)(str(error)) from error
+    except Exception as error:
+        for kind in type(error).__mro__:
+            if kind.__module__.startswith("httpcore") and kind.__name__ in NAMES and hasattr(httpx, kind.__name__):
+                raise getattr(httpx, kind.__name__)(str(error)) from error
+        raise
+
+
+class _Transport:
+    """What both transports are told: a pool for each origin, made at its first request."""
+
+    def __init__(self, *, max_connections: int = 10, connect_timeout: float = 5.0, **options: Any) -> None:
+        self._options: dict[str, Any] = {"max_size": max_connections, "reconnect_timeout": 0.0, **options}
+        self._connect_timeout = connect_timeout
+        self._pools: dict[str, Any] = {}
+
+    def pools(self) -> dict[str, Any]:
+        """The pool of each origin that was asked so far: ``get_stats()``, ``resize()``, ``drain()``."""
+        return dict(self._pools)
+
+    def _pool(self, request: httpx.Request, make: Callable[[httpcore.Origin], Any]) -> Any:
+        url = request.url
+        if url.scheme not in PORTS:
+            raise httpx.UnsupportedProtocol(f"Request URL has an unsupported protocol {url.scheme!r}.")
+        origin = httpcore.Origin(url.raw_scheme, url.raw_host, url.port or PORTS[url.scheme])
+        pool = self._pools.get(str(origin))
+        return pool if pool is not None else self._pools.setdefault(str(origin), make(origin))
+
+
+def name_of(origin: httpcore.Origin, more: str = "") -> str:
+    digest = hashlib.blake2b(f"{origin} {more}".encode(), digest_size=4).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', str(origin))[:50].strip('-')}-{digest}"
+
+
+def as_httpcore(request: httpx.Request) -> httpcore.Request:
+    url = request.url
+    target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+    return httpcore.Request(request.method, target, headers=request.headers.raw, content=request.stream, extensions=request.extensions)
+
+
+def patience(request: httpx.Request) -> float | None:
+    """Seconds to wait for a connection; None: the pool's own timeout."""
+    waits = request.extensions.get("timeout", {}).get("pool")
+    return float(waits) if waits is not None else None
+
+
+class HTTPTransport(_Transport, httpx.BaseTransport):
+    """A transport over pools of all worker processes; ``max_connections`` (default 10) is the strict cap for each origin of all workers together.
+
+    HTTP/1.1. For https connections stay with the process that made them (``verify`` as httpx's: True, False or an SSLContext), capped likewise.
+    Further options are those of ``mppool.Pool``. A response that is closed before it was read to its end costs its connection.
+    """
+
+    def __init__(self, *, max_connections: int = 10, connect_timeout: float = 5.0, verify: Any = True, **options: Any) -> None:
+        super().__init__(max_connections=max_connections, connect_timeout=connect_timeout, **options)
+        self._verify = verify
+        self._context: ssl.SSLContext | None = None
+
+    def _make(self, origin: httpcore.Origin) -> Pool:
+        context = None
+        if origin.scheme == b"https":
+            context = self._context = self._context or (self._verify if isinstance(self._verify, ssl.SSLContext) else httpx.create_ssl_context(self._verify))
+        driver = HttpcoreDriver(origin, self._connect_timeout, context)
+        return Pool(driver=driver, **{"name": name_of(origin, str(self._verify)), **self._options})
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        pool: Pool = self._pool(request, self._make)
+        with understood():
+            session: Session = pool.getconn(patience(request))
+            try:
+                response = session.connection.handle_request(as_httpcore(request))
+            except BaseException:
+                pool.putconn(session, discard=True)
+                raise
+        stream = Body(response.stream, pool, session)
+        return httpx.Response(response.status, headers=response.headers, stream=stream, extensions=response.extensions)
+
+    def close(self) -> None:
+        """This process lets go; connections that other processes share live on."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+class Body(httpx.SyncByteStream):
+    """A response's body; the connection goes back when it is closed."""
+
+    def __init__(self, stream: Any, pool: Pool, session: Session) -> None:
+        self.stream = stream
+        self.pool = pool
+        self.session: Session | None = session
+
+    def __iter__(self) -> Iterator[bytes]:
+        with understood():
+            yield from self.stream
+
+    def close(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            try:
+                self.stream.close()
+            finally:
+                self.pool.putconn(session)
+
+
+class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
+    """As HTTPTransport, for asyncio, without TLS."""
+
+    def _make(self, origin: httpcore.Origin) -> AsyncPool:
+        if origin.scheme == b"https":
+            raise httpx.UnsupportedProtocol("https: this transport has no TLS; mount httpx's own for https://")
+        return AsyncPool(driver=AsyncHttpcoreDriver(origin, self._connect_timeout), **{"name": name_of(origin, "True"), **self._options})
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        pool: AsyncPool = self._pool(request, self._make)
+        with understood():
+            session: Session = await pool.getconn(patience(request))
+            try:
+                response = await session.connection.handle_async_request(as_httpcore(request))
+            except BaseException:
+                await pool.putconn(session, discard=True)
+                raise
+        stream = AsyncBody(response.stream, pool, session)
+        return httpx.Response(response.status, headers=response.headers, stream=stream, extensions=response.extensions)
+
+    async def aclose(self) -> None:
+        """This process lets go; connections that other processes share live on."""
+        for pool in self._pools.values():
+            await pool.close()
+        self._pools.clear()
+
+
+class AsyncBody(httpx.AsyncByteStream):
+    """A response's body; the connection goes back when it is closed."""
+
+    def __init__(self, stream: Any, pool: AsyncPool, session: Session) -> None:
+        self.stream = stream
+        self.pool = pool
+        self.session: Session | None = session
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with understood():
+            async for part in self.stream:
+                yield part
+
+    async def aclose(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            try:
+                await self.stream.aclose()
+            finally:
+                await self.pool.putconn(session)

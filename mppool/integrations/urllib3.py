@@ -1,0 +1,141 @@
+"""urllib3: a ``PoolManager`` whose connections all worker processes of the host share.
+
+from mppool.integrations.urllib3 import PoolManager
+
+http = PoolManager(maxsize=8)
+http.request("GET", "http://service.local/items")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from functools import partial
+from typing import Any
+
+try:
+    import urllib3
+except ImportError as error:
+    raise ImportError("mppool needs urllib3 2 for this: pip install 'mppool[urllib3]'") from error
+
+from urllib3.exceptions import ClosedPoolError, EmptyPoolError, NewConnectionError
+from urllib3.util import Timeout
+
+from mppool.drivers.dialer import FOREVER
+from mppool.drivers.http1 import HTTPDriver
+from mppool.errors import DialFailed, Error, PoolClosed, PoolTimeout, TooManyWaiting
+from mppool.pool import Pool
+
+__all__ = ["HTTPConnectionPool", "HTTPSConnectionPool", "PoolManager", "ProxyManager"]
+
+WAIT = 30.0  # seconds a request waits for a connection, where urllib3 would open one more
+
+
+class _Shared:
+    """What is other about a connection pool of ours: where connections come from, and where they go."""
+
+    host: str
+    port: int | None
+    scheme: Any
+    proxy: Any
+    conn_kw: dict[str, Any]
+    block: bool
+    timeout: Timeout
+    ConnectionCls: Any
+    _new_conn: Any
+
+    def __init__(self, host: str, port: int | None = None, *args: Any, shared: dict[str, Any] | None = None, maxsize: int = 10, **kwargs: Any) -> None:
+        self._begun = threading.local()
+        super().__init__(host, port, *args, maxsize=1, **kwargs)  # type: ignore[call-arg]
+        origin = f"{self.scheme}://{self.host}:{self.port or ''}"
+        if self.proxy is not None:
+            origin = f"{origin} via {self.proxy}"
+        digest = hashlib.blake2b(repr((origin, identity(self))).encode(), digest_size=4).hexdigest()
+        options: dict[str, Any] = {"name": f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', f'{self.scheme}-{self.host}-{self.port}')[:50]}-{digest}", **(shared or {})}
+        driver = HTTPDriver(origin, self._new_conn, self._connect)
+        self._shared = Pool(driver=driver, max_size=maxsize, reconnect_timeout=0.0, **options)
+
+    def _connect(self, conn: Any) -> None:
+        conn.timeout = getattr(self._begun, "connect_timeout", None) or Timeout.resolve_default_timeout(self.timeout.connect_timeout)
+        if self.proxy is not None and self.scheme == "https":
+            self._prepare_proxy(conn)
+        else:
+            conn.connect()
+
+    def _prepare_proxy(self, conn: Any) -> None:
+        if conn.is_closed:
+            super()._prepare_proxy(conn)  # type: ignore[misc]
+
+    def _get_timeout(self, timeout: Any) -> Timeout:
+        found: Timeout = super()._get_timeout(timeout)  # type: ignore[misc]
+        self._begun.connect_timeout = Timeout.resolve_default_timeout(found.clone().connect_timeout)  # of this thread's request, should it dial
+        return found
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        """Raises EmptyPoolError if none is free within ``timeout`` seconds (None: with ``block`` for ever, without it 30 s), and what connecting raises."""
+        if timeout is None:
+            timeout = FOREVER if self.block else WAIT
+        try:
+            return self._shared.getconn(timeout)
+        except PoolClosed:
+            raise ClosedPoolError(self, "Pool is closed.") from None  # type: ignore[arg-type]
+        except (PoolTimeout, TooManyWaiting) as error:
+            raise EmptyPoolError(self, str(error)) from error  # type: ignore[arg-type]
+        except DialFailed as error:
+            raise (error.__cause__ or NewConnectionError(self._new_conn(), str(error))) from None  # the last dial of this one, or somebody's
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is None:
+            return  # it was closed, and given back then
+        try:
+            self._shared.putconn(conn)
+        except Error:
+            conn.close()  # the pool was closed meanwhile, or this is a forked child
+
+    def close(self) -> None:
+        """This process lets go; connections that other processes share live on."""
+        self._shared.close()
+        super().close()  # type: ignore[misc]
+
+    @property
+    def shared_pool(self) -> Pool:
+        """The ``mppool.Pool`` underneath: ``get_stats()``, ``resize()``, ``drain()``."""
+        return self._shared
+
+
+def identity(pool: Any) -> list[tuple[str, str]]:
+    """What makes connections of two pools not interchangeable, beside their place."""
+    said = {**pool.conn_kw, **{name: getattr(pool, name, None) for name in ("ca_certs", "cert_file", "cert_reqs", "assert_hostname", "assert_fingerprint")}}
+    return sorted((name, str(value)) for name, value in said.items() if isinstance(value, (str, int, bool, bytes, type(None))) and name != "blocksize")
+
+
+class HTTPConnectionPool(_Shared, urllib3.HTTPConnectionPool):
+    """``urllib3.HTTPConnectionPool`` over a pool of all worker processes.
+
+    ``maxsize`` is the strict cap of connections to this origin, of all workers together; there are no connections beyond it, so
+    without ``block`` a request waits too, 30 s at most. ``shared`` are options of ``mppool.Pool``: broker, autostart, max_idle, ...
+    """
+
+
+class HTTPSConnectionPool(_Shared, urllib3.HTTPSConnectionPool):
+    """As HTTPConnectionPool. TLS connections stay with the process that made them: capped over all, closed when another process is in need."""
+
+
+class _Manager:
+    """A pool manager whose pools are ours."""
+
+    pool_classes_by_scheme: dict[str, Any]
+
+    def __init__(self, *args: Any, shared: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        kwargs.setdefault("maxsize", 10)
+        super().__init__(*args, **kwargs)
+        self.pool_classes_by_scheme = {"http": partial(HTTPConnectionPool, shared=shared), "https": partial(HTTPSConnectionPool, shared=shared)}
+
+
+class PoolManager(_Manager, urllib3.PoolManager):
+    """``urllib3.PoolManager``; ``maxsize`` (default 10) is the cap for each origin of all workers together, ``shared`` are options of ``mppool.Pool``."""
+
+
+class ProxyManager(_Manager, urllib3.ProxyManager):
+    """``urllib3.ProxyManager``, likewise. Connections to the proxy are shared for http; tunnels for https stay with their process."""
