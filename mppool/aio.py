@@ -247,7 +247,7 @@ class AsyncPool(Shell):
         for hands in worker.told():
             hands.settle()
         self._worker = None
-        worker.leave()
+        self._leave(worker)
 
 
 class Gate:

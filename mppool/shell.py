@@ -26,6 +26,7 @@ from mppool.worker import Hands, Ready, Worker, never
 __all__ = ["Shell", "understood"]
 
 _pools: weakref.WeakSet[Shell] = weakref.WeakSet()
+_parts: dict[Worker, weakref.ref[Shell]] = {}  # what this process has of which pool; a pool may be forgotten without ``close()``
 
 
 class Shell:
@@ -105,17 +106,20 @@ class Shell:
             if worker is not None and not worker.guard[0]:
                 worker.forked()  # by C code that ran no hooks
                 worker = self._worker = None
+            leave_forgotten()
             return worker or self._attach()
 
     def _attach(self) -> Worker:
         made: list[Worker] = []
         try:
             made.extend(map(Worker, (self.name,), (self.target,), (self._driver,), (self.options,), (self.broker,)))  # in one step: it holds a row
+            _parts[made[0]] = weakref.ref(self)
             self._worker = made[0]
             return made[0]
         except BaseException:
             if made and self._worker is None:
                 made[0].leave()
+                _parts.pop(made[0], None)
             raise
 
     def _door(self) -> threading.Lock:
@@ -176,6 +180,7 @@ class Shell:
 
     def _leave(self, worker: Worker) -> None:
         worker.leave()
+        _parts.pop(worker, None)
         self._leaving = None
 
     def _after_fork(self) -> None:
@@ -203,17 +208,29 @@ def _rebuild(kind: type[Shell], name: str, target: str, driver: DriverBase, opti
     return pool
 
 
+def leave_forgotten() -> None:
+    """What this process has of pools that nobody has any more. (Not at the moment they are forgotten: that may be anywhere.)"""
+    for worker, pool in list(_parts.items()):
+        if pool() is None and _parts.pop(worker, None) is not None and worker.guard[0]:
+            worker.leave()
+
+
 def _leave_all() -> None:
     """At the interpreter's exit: what is still lent ends with the process."""
     for pool in list(_pools):
         pool._close()
         if pool._leaving is not None and pool._leaving.guard[0]:
             pool._leave(pool._leaving)
+    leave_forgotten()
 
 
 def _forked() -> None:
     for pool in list(_pools):
         pool._after_fork()
+    for worker in _parts:
+        if not worker.closed:
+            worker.forked()
+    _parts.clear()
     close_in_child()
 
 

@@ -26,6 +26,7 @@ from tests.helpers.storm import Ask, Peak, Storm
 pytestmark = needs_nginx
 
 Get = Callable[[str], str]
+loops: list[asyncio.AbstractEventLoop] = []  # of this test
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def let_go(socket_path: str) -> Iterator[None]:
     """Clients are not closed, as they are not in most programs: the process's end does it."""
     yield
     shell._leave_all()
+    while loops:
+        loops.pop().close()
 
 
 def by_urllib3(path: str, cap: int) -> Get:
@@ -65,6 +68,7 @@ def by_httpx(path: str, cap: int) -> Get:
 
 def by_async_httpx(path: str, cap: int) -> Get:
     loop = asyncio.new_event_loop()
+    loops.append(loop)
     client = httpx.AsyncClient(transport=AsyncHTTPTransport(max_connections=cap, broker=path), timeout=20)
 
     def get(url: str) -> str:
@@ -157,7 +161,7 @@ def test_a_cancelled_request_poisons_nothing(web: Nginx, socket_path: str) -> No
         cancelled = 0
         async with httpx.AsyncClient(transport=AsyncHTTPTransport(max_connections=2, broker=socket_path), timeout=20) as client:
             for n in range(150):
-                task = asyncio.ensure_future(client.get(f"{web.url}/big/file"))
+                task = asyncio.ensure_future(client.get(f"{web.url}/slow/file"))
                 for _ in range(n % 25):
                     await asyncio.sleep(0)
                 task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import socket
@@ -363,3 +364,14 @@ def test_max_waiting_refuses(server: Judge, broker: BrokerProcess) -> None:
                 pool.getconn(timeout=5)
         waiting.join()
         assert pool.get_stats()["rejected"] == 1
+
+
+def test_a_forgotten_pool_lets_go(server: Judge, path: str) -> None:
+    """A pool that is dropped without ``close()`` gives its row up when this process next comes to a pool, or ends."""
+    pool = mppool.Pool(server.address, max_size=1, name="forgotten", broker=path)
+    with pool.connection() as sock:
+        ask(sock, "x")
+    del pool
+    gc.collect()
+    with mppool.Pool(server.address, max_size=1, name="next", broker=path), mppool.Pool(server.address, name="forgotten", max_size=1, broker=path) as other:
+        eventually(lambda: len(other.get_stats()["workers"]) == 1, what="the forgotten pool's row is free")

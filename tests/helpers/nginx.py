@@ -31,6 +31,7 @@ http {{
         listen 127.0.0.1:{port} backlog=511;
         location /echo {{ return 200 "$connection $arg_nonce"; }}
         location /big {{ root {home}; }}
+        location /slow {{ alias {home}/big; limit_rate 1m; }}
         location /close {{ keepalive_timeout 0; return 200 "$connection $arg_nonce"; }}
         location /moved {{ return 302 /echo?nonce=moved; }}
         location /sorry {{ return 503 "$connection"; }}
@@ -89,4 +90,8 @@ def nginx() -> Iterator[Nginx]:
     with tempfile.TemporaryDirectory(prefix="mppool-nginx-") as directory:
         server = Nginx(Path(directory))
         with daemon(server.command, server.port, Path(directory) / "log", stop="SIGTERM"):
-            yield server
+            try:
+                yield server
+            finally:
+                if server._judge is not None:
+                    server._judge.close()
