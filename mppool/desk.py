@@ -43,7 +43,7 @@ from mppool.table import (
     Table,
     row_is_alive,
 )
-from mppool.wire import FRONT, RESIDENT, Kind, Message, encode, unpack_session
+from mppool.wire import FRONT, GIVEN_UP, RESIDENT, Kind, Message, encode, unpack_session
 
 __all__ = ["Desk", "Duplicate", "WorkerLink", "shut", "take_socket"]
 
@@ -88,7 +88,7 @@ class Closing:
 class WorkerLink:
     """The broker's end of a worker's line."""
 
-    __slots__ = ("desk", "home", "lane_at", "row", "sock")
+    __slots__ = ("desk", "granted", "home", "lane_at", "row", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -96,6 +96,7 @@ class WorkerLink:
         self.row = -1
         self.home = 0
         self.lane_at = 0  # where a grant to its waiter is written
+        self.granted = -1  # the slot that its last wait was granted
 
     def send(self, message: Message, fd: int = -1) -> bool:
         try:
@@ -199,6 +200,8 @@ class Desk:
             self.fetch(link, number, serial)
         elif kind is Kind.CANCEL:
             self.strike(link)
+            if flags & GIVEN_UP:
+                self.take_back(link)
             link.send(Message(Kind.STRUCK))
             self.serve()
         elif kind is Kind.SHOWN:
@@ -269,6 +272,7 @@ class Desk:
             raise ProtocolError(f"a wait with lane {lane} of incarnation {incarnation}")
         self.strike(link)
         link.lane_at = self.table.lanes_at(link.row) + lane
+        link.granted = -1
         if self.words[link.lane_at]:
             raise ProtocolError(f"a wait with lane {lane}, which names a slot already")
         if not self.queue.join(link, front=front):
@@ -342,8 +346,19 @@ class Desk:
             known[k] = generation
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
+        link.granted = k
         self.lanes.append(lane)
         self.strike(link)
+
+    def take_back(self, link: WorkerLink) -> None:
+        """Its waiter went away before it heard of our grant, and may not come by for long: the session is idle again."""
+        k, link.granted = link.granted, -1
+        if k >= 0 and claims.is_granted(self.words[link.lane_at]) and claims.named(self.words[link.lane_at]) == k:
+            lane, slot = self.lanes.pop(), self.slot(k)
+            claims.take_back(self.words, lane, slot, link.lane_at)
+            self.table.mem[slot.state_at] = IDLE
+            claims.release(self.words, lane, slot)
+            self.lanes.append(lane)
 
     def grant_dial(self, link: WorkerLink) -> bool:
         """The right to dial, to as many as there is room for; a right that is being used is a DIALING slot already."""
