@@ -51,7 +51,8 @@ log = logging.getLogger("mppool.broker")
 
 IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)
 LOOK_AGAIN = 0.003  # seconds, doubled up to the broker's tick
-DYING = 0.02  # seconds within which the kernel closes all that a dead process had open, one after the other
+SOON, LATER = 0.0003, 0.003  # seconds between two looks at what takes a moment, growing: the end of a process, or of a connection
+DYING = 0.3  # seconds within which the kernel closes all that a dead process had open, one after the other; on a busy machine it takes its time
 RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is given to somebody else
 
 
@@ -142,7 +143,8 @@ class Desk:
         self.dead: set[int] = set()
         self.look_at = 0.0  # when to look at dead rows again that could not be settled
         self.look_pause = LOOK_AGAIN
-        self.dying_until = 0.0  # a link ended a moment ago: its process may be about to let go of its row
+        self.dying: dict[int, float] = {}  # rows whose link ended a moment ago, and until when their process may be about to let go of them
+        self.dying_pause = self.closing_pause = SOON
         self.unused_since = time.monotonic()
         self.seen = [(0, 0)] * table.slots  # uses of each slot, and when they were first seen to be so many
         # What an earlier broker said means nothing until it is proved again.
@@ -179,7 +181,7 @@ class Desk:
         self.rights.pop(link, None)
         self.strike(link)
         if link.row not in self.dead:
-            self.dying_until = time.monotonic() + DYING
+            self.dying[link.row], self.dying_pause = time.monotonic() + DYING, SOON
             self.look_for_dead()
         self.serve()
 
@@ -401,6 +403,7 @@ class Desk:
             sock = self.duplicates.pop(k).sock
             shut(sock, socket.SHUT_WR)
         until = time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9
+        self.closing_pause = SOON
         self.closing[k] = Closing(k, self.words[self.table.generation + k], sock, until, reason, lane, case)
         self.finish_closing()
 
@@ -408,6 +411,7 @@ class Desk:
         """The holder has died, perhaps in the middle of a request: the server need not go on with it."""
         word = unpack_session(duplicate.body)[1]
         if word:
+            self.closing_pause = SOON
             self.farewells.append(Farewell(duplicate.sock, word, time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9))
             self.finish_farewells()
 
@@ -450,6 +454,8 @@ class Desk:
         if dead - self.dead:
             self.look_pause = LOOK_AGAIN
         self.dead = dead
+        for row in dead:
+            self.dying.pop(row, None)
         for link in [link for link in self.links if link.row in dead]:
             self.keeping.cut(link)
         if not self.cases:
@@ -563,13 +569,13 @@ class Desk:
 
     def due(self) -> float:
         """The moment something of this desk wants to be looked at, on the monotonic clock."""
-        moments = [time.monotonic() + 0.0005] if self.closing or self.farewells else []  # epoll makes it a millisecond
+        moments = [time.monotonic() + self.closing_pause] if self.closing or self.farewells else []
         if self.cases:
             moments.append(self.cases_due)
         elif self.dead:
             moments.append(self.look_at)
-        if self.dying_until > time.monotonic():
-            moments.append(time.monotonic() + 0.001)
+        if self.dying:
+            moments.append(time.monotonic() + self.dying_pause)
         if self.queue and self.words[W_FAILURES]:
             moments.append(max(self.words[W_RETRY_AT] / 1e9, time.monotonic() + 0.002))
         return min(moments, default=float("inf"))
@@ -581,14 +587,25 @@ class Desk:
         if self.cases:
             if now >= self.cases_due:
                 self.judge()
-        elif (self.dead and now >= self.look_at) or self.dying_until > now:
+        elif (self.dead and now >= self.look_at) or self.has_died(now):
             self.look_for_dead()
         if self.closing:
             self.finish_closing()
         if self.farewells:
             self.finish_farewells()
+        self.closing_pause = min(1.25 * self.closing_pause, LATER)
         if self.queue and self.words[W_FAILURES]:
             self.serve()
+
+    def has_died(self, now: float) -> bool:
+        """Has one of those whose link ended a moment ago let go of its row?"""
+        self.dying_pause = min(1.25 * self.dying_pause, LATER)
+        for row, until in list(self.dying.items()):
+            if not row_is_alive(self.lock, row):
+                return True
+            if now >= until:
+                del self.dying[row]
+        return False
 
     def workers_alive(self) -> bool:
         return any(row != self.row.index and row_is_alive(self.lock, row) for row in self.table.taken_rows())
