@@ -102,8 +102,9 @@ class AsyncPool(Shell):
             worker.driver.resume(conn)  # type: ignore[attr-defined]
             return conn
         except BaseException as error:
-            self._unwind_checkout(worker, error, hands, taken[0] if taken else None)
-            raise
+            with understood(worker):
+                self._unwind_checkout(worker, error, hands, taken[0] if taken else None)
+                raise
 
     async def _lend(self, hands: Hands, timeout: float, found: Entry | None) -> Any:
         """The story of a checkout. Only so many of this process's tasks are in one at a time; the others queue here, in order."""
@@ -139,8 +140,9 @@ class AsyncPool(Shell):
                 await perform(worker, put_down(hands, ready[1], ready[0], discarded=discard))
                 hands.done()
         except BaseException as error:
-            self._unwind_return(worker, error, hands, conn, ready)
-            raise
+            with understood(worker):
+                self._unwind_return(worker, error, hands, conn, ready)
+                raise
         if worker.words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
             await self._tell(worker, after_return)
         if worker is self._leaving:

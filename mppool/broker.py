@@ -35,6 +35,7 @@ __all__ = ["AlreadyRunning", "Broker", "serve"]
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
+FINE = 0.01  # seconds; shorter waits are worth a second system call
 LEAVE_WITHIN = 3.0  # seconds; the one that asked waits for five
 SHUN = 5.0  # seconds before a pool that was given up is tried again
 STATUS = 1.0  # seconds between two looks at what systemd shows
@@ -124,7 +125,7 @@ class Broker:
                 until = min(until, self.guarded(desk, desk.due) or until)
             if self.service is not None:
                 until = min(until, self.report(self.service))
-            for fd, _ in self.poller.poll(max(0.0, until - now)):
+            for fd, _ in self.wait(until - now):
                 handler = self.handlers.get(fd)
                 if handler is not None:
                     handler()
@@ -135,6 +136,13 @@ class Broker:
             if self.successor is not None:
                 self.leave_when_ready(self.successor)
         self.end()
+
+    def wait(self, seconds: float) -> list[tuple[int, int]]:
+        """What can be read, after so long at most. epoll rounds up to milliseconds; what is due sooner is waited for in select(), which does not."""
+        if 0 < seconds < FINE and self.poller.fileno() < 1024:
+            select.select((self.poller,), (), (), seconds)
+            seconds = 0
+        return self.poller.poll(max(0.0, seconds))
 
     def guarded(self, desk: Desk, action: Callable[[], T]) -> T | None:
         """A damaged table costs its own pool its broker, for a while, and nobody else. What damage leads to may be any exception."""

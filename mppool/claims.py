@@ -8,6 +8,7 @@ unit with it, so before it takes, it says so in shared memory: one of its row's 
     claim(k):     lane = TRYING k;  take token k, or {lane = 0; give up};  uses[k] += 1;  lane = HELD k
     release(k):   give token k;  lane = 0
     grant(k, w):  lane of w = GRANTED k;  own lane = 0;  wake w        # the holder hands it to waiter w, in this order
+    take_back:    own lane = HELD k;  lane of w = 0                    # w has given up, and does not look until it is told
 
 A lane of a dead row that names k can mean: it died before it took the token, while it held it, or after it gave it back.
 Whoever reclaims tells these apart without any help from the dead:
@@ -127,6 +128,13 @@ def grant(words: memoryview, lane: Lane, slot: Slot, lane_of_waiter: int) -> Non
     lane.sure = False
     words[lane_of_waiter] = slot.granted
     words[lane.at] = 0
+
+
+def take_back(words: memoryview, lane: Lane, slot: Slot, lane_of_waiter: int) -> None:
+    """What was granted to a waiter that has given up since, and said so, is ours again. It must not look at its lane until it was told."""
+    words[lane.at] = slot.held
+    words[lane_of_waiter] = 0
+    lane.sure = True
 
 
 def is_granted(word: int) -> bool:

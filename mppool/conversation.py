@@ -103,9 +103,16 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
 
 
 def share(worker: Worker, entry: Entry) -> Story[None]:
-    """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes."""
+    """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes.
+
+    A line that is there will do, even if the broker has been silent for long: it reads when it can, and we may not come by again.
+    """
+    line: Line | None
     while True:
-        line = yield from connect(worker)
+        try:
+            line = worker.lines.pop()
+        except IndexError:
+            line = yield from connect(worker)
         if line is None:
             return
         try:
@@ -200,13 +207,18 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
             worker.tidy()
             if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
-                asked = False
-                if struck is None:
+                if struck is None and not worker.words[lane.at]:
                     lane.owner = 0
-                    worker.abandoned.append((line, lane))
+                    give_up(worker, line, lane)
+                    asked = False
                     return Turn()
-                worker.lines.append(line)
-                turn = struck
+                asked = False
+                if struck is not None:
+                    worker.lines.append(line)
+                    turn = struck
+                else:
+                    line.close()  # its answers, if any come, must not be taken for others
+                    turn = granted(worker, lane)
                 break
     except LineLost:
         # The broker has ended, and writes to our lane no more: the table says what it granted.
@@ -234,7 +246,7 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
             given.close()
         return turn
     if message.kind is Kind.TOO_MANY:
-        if line.cancelled:
+        if line.due:
             line.close()
         else:
             worker.lines.append(line)
@@ -265,7 +277,7 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             break
         if answer[0].kind is Kind.STRUCK:
-            line.cancelled = False
+            line.was_struck()
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, line, lane, answer)
     if turn.lane is None and not turn.dial:
@@ -275,10 +287,11 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
 
 
 def give_up(worker: Worker, line: Line, lane: Lane) -> None:
-    """An exception ended our waiting. Ask to be struck; the answer is read when this process next comes by."""
-    worker.abandoned.append((line, lane))
+    """Nobody here waits any more: an exception came, or the broker is silent. Its answer is read when this process next comes by."""
+    if lane not in [other for _, other in worker.abandoned]:
+        worker.abandoned.append((line, lane))
     try:
-        line.cancel()
+        line.give_up()
     except LineLost:
         pass
 
@@ -302,8 +315,7 @@ def settle_abandoned(hands: Hands) -> Story[None]:
                     break
                 if answer[1] is not None:
                     answer[1].close()
-                if answer[0].kind is Kind.STRUCK:
-                    line.cancelled = False
+                if answer[0].kind is Kind.STRUCK and line.was_struck():
                     worker.lines.append(line)
                     worker.refuse_grant(lane)
                     break

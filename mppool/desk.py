@@ -43,7 +43,7 @@ from mppool.table import (
     Table,
     row_is_alive,
 )
-from mppool.wire import FRONT, RESIDENT, Kind, Message, encode, unpack_session
+from mppool.wire import FRONT, GIVEN_UP, RESIDENT, Kind, Message, encode, unpack_session
 
 __all__ = ["Desk", "Duplicate", "WorkerLink", "shut", "take_socket"]
 
@@ -51,7 +51,8 @@ log = logging.getLogger("mppool.broker")
 
 IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)
 LOOK_AGAIN = 0.003  # seconds, doubled up to the broker's tick
-DYING = 0.02  # seconds within which the kernel closes all that a dead process had open, one after the other
+SOON, LATER = 0.0003, 0.003  # seconds between two looks at what takes a moment, growing: the end of a process, or of a connection
+DYING = 0.3  # seconds within which the kernel closes all that a dead process had open, one after the other; on a busy machine it takes its time
 RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is given to somebody else
 
 
@@ -88,7 +89,7 @@ class Closing:
 class WorkerLink:
     """The broker's end of a worker's line."""
 
-    __slots__ = ("desk", "home", "lane_at", "row", "sock")
+    __slots__ = ("desk", "granted", "home", "lane_at", "row", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -96,6 +97,7 @@ class WorkerLink:
         self.row = -1
         self.home = 0
         self.lane_at = 0  # where a grant to its waiter is written
+        self.granted = -1  # the slot that its last wait was granted
 
     def send(self, message: Message, fd: int = -1) -> bool:
         try:
@@ -141,7 +143,8 @@ class Desk:
         self.dead: set[int] = set()
         self.look_at = 0.0  # when to look at dead rows again that could not be settled
         self.look_pause = LOOK_AGAIN
-        self.dying_until = 0.0  # a link ended a moment ago: its process may be about to let go of its row
+        self.dying: dict[int, float] = {}  # rows whose link ended a moment ago, and until when their process may be about to let go of them
+        self.dying_pause = self.closing_pause = SOON
         self.unused_since = time.monotonic()
         self.seen = [(0, 0)] * table.slots  # uses of each slot, and when they were first seen to be so many
         # What an earlier broker said means nothing until it is proved again.
@@ -178,7 +181,7 @@ class Desk:
         self.rights.pop(link, None)
         self.strike(link)
         if link.row not in self.dead:
-            self.dying_until = time.monotonic() + DYING
+            self.dying[link.row], self.dying_pause = time.monotonic() + DYING, SOON
             self.look_for_dead()
         self.serve()
 
@@ -199,6 +202,8 @@ class Desk:
             self.fetch(link, number, serial)
         elif kind is Kind.CANCEL:
             self.strike(link)
+            if flags & GIVEN_UP:
+                self.take_back(link)
             link.send(Message(Kind.STRUCK))
             self.serve()
         elif kind is Kind.SHOWN:
@@ -269,6 +274,7 @@ class Desk:
             raise ProtocolError(f"a wait with lane {lane} of incarnation {incarnation}")
         self.strike(link)
         link.lane_at = self.table.lanes_at(link.row) + lane
+        link.granted = -1
         if self.words[link.lane_at]:
             raise ProtocolError(f"a wait with lane {lane}, which names a slot already")
         if not self.queue.join(link, front=front):
@@ -342,8 +348,19 @@ class Desk:
             known[k] = generation
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
+        link.granted = k
         self.lanes.append(lane)
         self.strike(link)
+
+    def take_back(self, link: WorkerLink) -> None:
+        """Its waiter went away before it heard of our grant, and may not come by for long: the session is idle again."""
+        k, link.granted = link.granted, -1
+        if k >= 0 and claims.is_granted(self.words[link.lane_at]) and claims.named(self.words[link.lane_at]) == k:
+            lane, slot = self.lanes.pop(), self.slot(k)
+            claims.take_back(self.words, lane, slot, link.lane_at)
+            self.table.mem[slot.state_at] = IDLE
+            claims.release(self.words, lane, slot)
+            self.lanes.append(lane)
 
     def grant_dial(self, link: WorkerLink) -> bool:
         """The right to dial, to as many as there is room for; a right that is being used is a DIALING slot already."""
@@ -386,6 +403,7 @@ class Desk:
             sock = self.duplicates.pop(k).sock
             shut(sock, socket.SHUT_WR)
         until = time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9
+        self.closing_pause = SOON
         self.closing[k] = Closing(k, self.words[self.table.generation + k], sock, until, reason, lane, case)
         self.finish_closing()
 
@@ -393,6 +411,7 @@ class Desk:
         """The holder has died, perhaps in the middle of a request: the server need not go on with it."""
         word = unpack_session(duplicate.body)[1]
         if word:
+            self.closing_pause = SOON
             self.farewells.append(Farewell(duplicate.sock, word, time.monotonic() + self.words[W_CLOSE_TIMEOUT] / 1e9))
             self.finish_farewells()
 
@@ -435,6 +454,8 @@ class Desk:
         if dead - self.dead:
             self.look_pause = LOOK_AGAIN
         self.dead = dead
+        for row in dead:
+            self.dying.pop(row, None)
         for link in [link for link in self.links if link.row in dead]:
             self.keeping.cut(link)
         if not self.cases:
@@ -548,13 +569,13 @@ class Desk:
 
     def due(self) -> float:
         """The moment something of this desk wants to be looked at, on the monotonic clock."""
-        moments = [time.monotonic() + 0.0005] if self.closing or self.farewells else []  # epoll makes it a millisecond
+        moments = [time.monotonic() + self.closing_pause] if self.closing or self.farewells else []
         if self.cases:
             moments.append(self.cases_due)
         elif self.dead:
             moments.append(self.look_at)
-        if self.dying_until > time.monotonic():
-            moments.append(time.monotonic() + 0.001)
+        if self.dying:
+            moments.append(time.monotonic() + self.dying_pause)
         if self.queue and self.words[W_FAILURES]:
             moments.append(max(self.words[W_RETRY_AT] / 1e9, time.monotonic() + 0.002))
         return min(moments, default=float("inf"))
@@ -566,14 +587,25 @@ class Desk:
         if self.cases:
             if now >= self.cases_due:
                 self.judge()
-        elif (self.dead and now >= self.look_at) or self.dying_until > now:
+        elif (self.dead and now >= self.look_at) or self.has_died(now):
             self.look_for_dead()
         if self.closing:
             self.finish_closing()
         if self.farewells:
             self.finish_farewells()
+        self.closing_pause = min(1.25 * self.closing_pause, LATER)
         if self.queue and self.words[W_FAILURES]:
             self.serve()
+
+    def has_died(self, now: float) -> bool:
+        """Has one of those whose link ended a moment ago let go of its row?"""
+        self.dying_pause = min(1.25 * self.dying_pause, LATER)
+        for row, until in list(self.dying.items()):
+            if not row_is_alive(self.lock, row):
+                return True
+            if now >= until:
+                del self.dying[row]
+        return False
 
     def workers_alive(self) -> bool:
         return any(row != self.row.index and row_is_alive(self.lock, row) for row in self.table.taken_rows())

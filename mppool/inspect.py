@@ -62,7 +62,12 @@ def inspect(ident: str) -> Inspected | None:
         lock = LockFile(lock_path(ident), create=False)
     except FileNotFoundError:
         return None
-    table = open_table(ident, lock)
+    table = None
+    try:
+        table = open_table(ident, lock)
+    finally:
+        if table is None:
+            lock.close()
     return Inspected(table, lock) if table is not None else None
 
 

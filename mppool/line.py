@@ -9,7 +9,7 @@ from io import FileIO
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel import link
-from mppool.wire import Kind, Message, OtherVersion, decode, encode
+from mppool.wire import GIVEN_UP, Kind, Message, OtherVersion, decode, encode
 
 __all__ = ["Descriptor", "Line", "LineLost"]
 
@@ -31,22 +31,39 @@ Received = tuple[Message, Descriptor | None]
 class Line:
     """One link to the broker, used for one conversation at a time. Owns its socket."""
 
-    __slots__ = ("cancelled", "epoch", "sock")
+    __slots__ = ("due", "epoch", "given_up", "sock")
 
     def __init__(self, path: str) -> None:
         self.sock = link.connect(path)
         self.epoch = 0
-        self.cancelled = False  # CANCEL was said, and STRUCK is still to come
+        self.due = 0  # how often CANCEL was said and STRUCK is still to come
+        self.given_up = False
 
     def cancel(self) -> None:
-        """Ask to be struck, once: a second STRUCK would be taken for the answer to the next WAIT. Raises LineLost."""
-        if not self.cancelled:
-            try:
-                self.send(Message(Kind.CANCEL))
-                self.cancelled = True
-            except BaseException:
-                self.close()  # was it said? The end of the line says it, too
-                raise
+        """Ask to be struck, once. Raises LineLost."""
+        if not self.due:
+            self.say_cancel(0)
+
+    def give_up(self) -> None:
+        """Ask to be struck, and to have taken back what may have been granted: we do not look before the answer. Raises LineLost."""
+        if not self.given_up:
+            self.say_cancel(GIVEN_UP)
+            self.given_up = True
+
+    def say_cancel(self, flags: int) -> None:
+        try:
+            self.send(Message(Kind.CANCEL, flags=flags))
+            self.due += 1
+        except BaseException:
+            self.close()  # was it said? The end of the line says it, too
+            raise
+
+    def was_struck(self) -> bool:
+        """After a STRUCK: was it the last one that is due? An earlier one must not be taken for the answer to the next WAIT."""
+        self.due = max(0, self.due - 1)
+        if not self.due:
+            self.given_up = False
+        return not self.due
 
     def send(self, message: Message, fd: int = -1) -> None:
         """Raises LineLost if the broker is gone or so far behind that its queue is full."""

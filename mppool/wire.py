@@ -8,7 +8,8 @@ links. A message is a fixed head and, for some, a body of bytes (a session's bag
     SHOWN     worker -> broker    everything this process has was shared
     FETCH     worker -> broker    slot, generation                        answered SESSION + descriptor, or GONE
     WAIT      worker -> broker    lane, FRONT if it was first before      answered, when its turn comes, GRANT or DIAL; or TOO_MANY
-    CANCEL    worker -> broker    strike my WAIT                          answered STRUCK, after GRANT or DIAL if that was on its way
+    CANCEL    worker -> broker    strike my WAIT; GIVEN_UP: and take      answered STRUCK, after GRANT or DIAL if that was on its way
+                                  back what it was granted
     LOOK      worker -> broker    something became free
     PUT       broker -> keeper    pool, slot, generation + descriptor     answered KEPT
     DROP      broker -> keeper    pool, slot, generation
@@ -31,6 +32,7 @@ from mppool.options import MAX_SLOTS
 
 __all__ = [
     "FRONT",
+    "GIVEN_UP",
     "MAX_BAGGAGE",
     "RESIDENT",
     "Kind",
@@ -49,6 +51,7 @@ WIRE_VERSION = 0xA2  # A: mppool; anything else that begins otherwise is not our
 MAX_BAGGAGE = 64 * 1024
 
 FRONT = 1  # flag of WAIT
+GIVEN_UP = 4  # flag of CANCEL: nobody looks at the lane any more before this was answered
 RESIDENT = 2  # flag of SHARE and PUT: the session cannot move, the duplicate is there to end it
 
 _HEAD = struct.Struct("<BBBBIQ")  # version, kind, flags, descriptors, slot or lane or row, generation or incarnation

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from typing import Any
@@ -145,13 +146,14 @@ class Worker:
                 self.table, differences = attach_or_create(self.ident, self.lock, options, name=name, target=target, key=driver.key(), broker=path)
                 self.row = take_row(self.table, self.lock, os.getpid())
             self.prepare()
-        except BaseException:
+            for difference in differences:
+                log.warning("pool %r: %s", name, difference)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # one of them may have the creation lock in hand, if a signal handler threw it
             if "lock" in vars(self):
                 self.lock.close()  # which is the end of our row
             remove_if_unused(self.ident)
             raise
-        for difference in differences:
-            log.warning("pool %r: %s", name, difference)
 
     def prepare(self) -> None:
         table, options, driver = self.table, self.options, self.driver
@@ -466,7 +468,7 @@ class Worker:
         if self.driver.forked() or not any(hands.dialing for hands in self.told()):
             self.lock.close()
         else:
-            self.lock.inherited = True  # the row lives on with us: a thread that we do not have was making a connection, and we have that
+            self.lock.keep()  # the row lives on with us: a thread that we do not have was making a connection, and we have that
         self.closed = True
 
     def is_quiet(self) -> bool:

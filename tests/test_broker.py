@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 import mppool
+from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
 from mppool.table import H_WAITERS
@@ -290,6 +291,66 @@ def hold_resident(pool: mppool.Pool) -> Any:
         child.hear()
 
     return work
+
+
+def test_what_was_granted_to_nobody_goes_to_others(server: Judge, broker: BrokerProcess) -> None:
+    """A waiter whose deadline passed while the broker was stopped, and that does not come by again, keeps nothing that the broker then grants it."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def gives_up(child: Child) -> None:
+        pool.open()
+        child.tell()
+        child.hear()
+        try:
+            pool.getconn(timeout=0.3)
+        except mppool.PoolTimeout:
+            child.tell("timeout")
+        child.hear()
+
+    with fork(gives_up) as (child,):
+        child.hear()
+        sock = pool.getconn()
+        child.tell()
+        table = find_pool(broker.path, "p")
+        assert table is not None
+        eventually(lambda: table.table.halves[H_WAITERS])
+        broker.process.send_signal(signal.SIGSTOP)
+        pool.putconn(sock)  # the broker will read this first, and grant
+        assert child.hear() == "timeout"
+        broker.process.send_signal(signal.SIGCONT)
+        with pool.connection(timeout=5) as sock:
+            ask(sock, "mine")
+        child.tell()
+        child.result()
+        table.lock.close()
+    pool.close()
+
+
+def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broker: BrokerProcess) -> None:
+    """Who dials while the broker is silent, and does not come by again, has given it a duplicate all the same: others get the session."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def dials(child: Child) -> None:
+        pool.putconn(pool.getconn(), discard=True)  # it has a link now
+        child.tell()
+        child.hear()
+        pool.putconn(pool.getconn())
+        child.tell()
+        child.hear()
+
+    with fork(dials) as (child,):
+        child.hear()
+        broker.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.1)  # it counts as absent
+        child.tell()
+        child.hear()
+        broker.process.send_signal(signal.SIGCONT)
+        with pool.connection(timeout=5) as sock:
+            ask(sock, "theirs")
+        assert server.counts()["dials"] == 2
+        child.tell()
+        child.result()
+    pool.close()
 
 
 def test_autostart(server: Judge, socket_path: str) -> None:

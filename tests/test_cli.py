@@ -254,13 +254,13 @@ def test_verbose_logs_what_happens(start: Start, socket_path: str) -> None:
 
 LISTENER = """
 import os, signal, sys
-got = []
-for name in sys.argv[1:]:
-    signal.signal(getattr(signal, name), lambda number, frame: got.append(signal.Signals(number).name))
+awaited = [getattr(signal, name) for name in sys.argv[1:]]
+signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # one that comes between two waits is not lost
 print(os.getpid(), flush=True)
-while "SIGTERM" not in got:
-    signal.pause()
-    print(got[-1], flush=True)
+got = None
+while got != "SIGTERM":
+    got = signal.Signals(signal.sigwait(awaited)).name
+    print(got, flush=True)
 sys.exit(7)
 """
 

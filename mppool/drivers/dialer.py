@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import _socket
 import os
 import socket
 import weakref
+from collections import deque
+from functools import partial
 from typing import Any
 
 from mppool.errors import DialFailed
@@ -111,10 +114,15 @@ def adopt(fd: int) -> socket.socket:
 
     Duplicated and wrapped in one step of the interpreter: whatever a signal handler throws, no descriptor is left open.
     """
-    made: list[socket.socket] = []
-    made.extend(map(socket.socket, (-1,), (-1,), (-1,), map(os.dup, (fd,))))
-    made[0].settimeout(FOREVER)
-    return made[0]
+    if issubclass(socket.socket, _socket.socket):
+        sock = socket.socket.__new__(socket.socket)
+        sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]
+        # What its __init__ in Python does: an exception before that one's first line would lose what is duplicated already.
+        deque(map(partial(_socket.socket.__init__, sock, -1, -1, -1), map(os.dup, (fd,))), 0)
+    else:  # gevent has put its own in its place
+        sock = socket.socket(fileno=os.dup(fd))
+    sock.settimeout(FOREVER)
+    return sock
 
 
 def abandon(sock: socket.socket) -> None:

@@ -88,20 +88,16 @@ def receive(sock: socket.socket) -> tuple[bytes, int]:
         # Received and kept in one step of the interpreter: what a signal handler throws finds every descriptor where it can be closed.
         got.extend(map(sock.recvmsg, (MAX_MESSAGE,), (_ROOM,), (_CLOEXEC,)))
         data, ancillary, flags, _ = got[0]
-        if not ancillary and not flags & _CUT:
-            return data, -1
-        fds = descriptors_in(ancillary)
+        fds = descriptors_in(ancillary) if ancillary else []
+        if flags & _CUT or (ancillary and len(fds) != 1):
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("a descriptor was lost on its way: too few file descriptors allowed (RLIMIT_NOFILE)")
+            raise ProtocolError(f"a message with {len(fds)} descriptors, or longer than {MAX_MESSAGE} bytes")
+        return data, fds[0] if fds else -1
     except BaseException:
         for fd in descriptors_in(got[0][1]) if got else ():
             os.close(fd)
         raise
-    if flags & _CUT or len(fds) != 1:
-        for fd in fds:
-            os.close(fd)
-        if flags & socket.MSG_CTRUNC:
-            raise ProtocolError("a descriptor was lost on its way: too few file descriptors allowed (RLIMIT_NOFILE)")
-        raise ProtocolError(f"a message with {len(fds)} descriptors, or longer than {MAX_MESSAGE} bytes")
-    return data, fds[0]
 
 
 def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

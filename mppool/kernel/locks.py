@@ -12,9 +12,11 @@ import errno
 import fcntl
 import os
 import struct
+import weakref
+from io import FileIO
 
 from mppool.errors import Error
-from mppool.kernel.memory import check_ours, open_to_us
+from mppool.kernel.memory import check_ours, open_file, open_to_us
 
 __all__ = ["LockFile", "close_in_child"]
 
@@ -25,45 +27,33 @@ def _flock(kind: int, first: int, count: int = 1) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, first, count, 0)
 
 
-def _open(path: str, create: bool) -> int:
+def _open(path: str, create: bool) -> FileIO:
     """Never waits, not for a pipe either: those are opened for both ends."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return _descriptor(path, flags)
+        return open_file(path, flags)
     except FileNotFoundError:
         if not create:
             raise
-        return _descriptor(path, flags | os.O_CREAT)
+        return open_file(path, flags | os.O_CREAT)
     except PermissionError:
         if not open_to_us(path):
             raise
-        return _descriptor(path, flags)
-
-
-def _descriptor(path: str, flags: int) -> int:
-    """Opened and kept in one step of the interpreter, so that what a signal handler throws in between loses nothing."""
-    opened: list[int] = []
-    try:
-        opened.extend(map(os.open, (path,), (flags,), (0o600,)))
-    except BaseException:
-        for fd in opened:
-            os.close(fd)
-        raise
-    return opened[0]
+        return open_file(path, flags)
 
 
 class LockFile:
-    """An open lock file of this process. Owns its descriptor; ``close()`` gives up every lock taken through it.
+    """An open lock file of this process. Owns its descriptor; ``close()``, or its end, gives up every lock taken through it.
 
     Raises Error where the file belongs to somebody else: /dev/shm is a public directory.
     """
 
-    __slots__ = ("fd", "inherited", "path")
+    __slots__ = ("__weakref__", "_file", "fd", "inherited", "path")
 
     def __init__(self, path: str, *, create: bool = True) -> None:
         """Open (and with ``create`` make) the file. FileNotFoundError if it is not there and must not be made, Error for all else."""
         try:
-            self.fd = _open(path, create)
+            self._file = _open(path, create)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -72,14 +62,18 @@ class LockFile:
             if error.errno == errno.ENOSPC:
                 raise Error(f"no room for {path}: enlarge {os.path.dirname(path)} or run `mppool gc`") from error
             raise Error(f"cannot open {path}: {error.strerror}") from error
+        self.fd = self._file.fileno()
+        self.path = path
+        self.inherited = False
         try:
             check_ours(os.fstat(self.fd), path)
-            self.path = path
-            self.inherited = False  # a forked child is to keep it, and with it what is locked
-            _opened.add(self)
         except BaseException:
             self.close()
             raise
+        for key, reference in list(_opened.items()):
+            if reference() is None:
+                _opened.pop(key, None)
+        _opened[id(self)] = weakref.ref(self)
 
     def take(self, byte: int) -> bool:
         """Take the lock of a byte if it is free. Never waits."""
@@ -109,18 +103,24 @@ class LockFile:
     def inode(self) -> int:
         return os.fstat(self.fd).st_ino
 
+    def keep(self) -> None:
+        """In a forked child: it is to stay open here, and with it what its parent locked."""
+        self.inherited = True
+        _inherited.append(self)
+
     def close(self) -> None:
-        _opened.discard(self)
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        self.fd = -1
+        self._file.close()
 
 
-_opened: set[LockFile] = set()
+# (Not a WeakSet: what a signal handler throws in its callbacks is swallowed.)
+_opened: dict[int, weakref.ref[LockFile]] = {}
+_inherited: list[LockFile] = []
 
 
 def close_in_child() -> None:
     """In a forked child: every lock file of the parent, also one that another thread had in hand. Else what it locked stays locked as long as we live."""
-    for lock in list(_opened):
-        if not lock.inherited:
+    for reference in list(_opened.values()):
+        lock = reference()
+        if lock is not None and not lock.inherited:
             lock.close()

@@ -12,14 +12,24 @@ import errno
 import mmap
 import os
 import stat
-
-import posix_ipc
+from io import FileIO
 
 from mppool.errors import Error, ProtocolError
 
-__all__ = ["SHM", "SharedWords", "check_ours", "create", "names", "open_existing", "open_to_us", "unlink"]
+__all__ = ["SHM", "SharedWords", "check_ours", "create", "names", "open_existing", "open_file", "open_to_us", "unlink"]
 
 SHM = "/dev/shm"
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def open_file(path: str, flags: int) -> FileIO:
+    """An open file, closed when nobody has the object any more.
+
+    Opened and kept in one step of the interpreter: what a signal handler throws, wherever it falls, leaves no descriptor open.
+    """
+    opened: list[FileIO] = []
+    opened.extend(map(FileIO, map(os.open, (path,), (flags,), (0o600,)), ("rb+",)))
+    return opened[0]
 
 
 def check_ours(info: os.stat_result, path: str, *, names: int = 1) -> None:
@@ -67,22 +77,21 @@ def create(name: str, size: int) -> SharedWords:
     The memory is reserved before it is mapped: on a full /dev/shm the first touch of an unreserved page would be a SIGBUS.
     """
     try:
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
-    except posix_ipc.ExistentialError as error:
-        raise FileExistsError(name) from error
+        file = open_file(SHM + name, _FLAGS | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise _explained(error, name, size) from error
     try:
-        os.fchmod(shm.fd, 0o600)
-        os.posix_fallocate(shm.fd, 0, size)
-        return SharedWords(mmap.mmap(shm.fd, size))
+        with file:
+            os.fchmod(file.fileno(), 0o600)
+            os.posix_fallocate(file.fileno(), 0, size)
+            return SharedWords(mmap.mmap(file.fileno(), size))
     except BaseException as error:
-        shm.unlink()
+        unlink(name)
         if isinstance(error, OSError):
             raise _explained(error, name, size) from error
         raise
-    finally:
-        shm.close_fd()
 
 
 def _explained(error: OSError, name: str, size: int) -> Error:
@@ -98,36 +107,35 @@ def _explained(error: OSError, name: str, size: int) -> Error:
 def open_existing(name: str, *, again: bool = True) -> SharedWords | None:
     """Map an object that is there; None if it is not, or is still empty. Never resizes it, never removes it."""
     try:
-        shm = posix_ipc.SharedMemory(name, 0, size=0)
-    except posix_ipc.ExistentialError:
+        file = open_file(SHM + name, _FLAGS)
+    except FileNotFoundError:
         return None
-    except posix_ipc.PermissionsError as error:
+    except PermissionError as error:
         if again and open_to_us(SHM + name):
             return open_existing(name, again=False)
         raise Error(f"{SHM}{name} belongs to another user") from error
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise Error(f"{SHM}{name} is no file; somebody else made it, and it is not ours to use") from error
         raise _explained(error, name, 0) from error
-    except ValueError as error:  # what the C library makes of a directory
-        raise Error(f"{SHM}{name} is no file; somebody else made it, and it is not ours to use") from error
-    try:
-        info = os.fstat(shm.fd)
+    with file:
+        info = os.fstat(file.fileno())
         check_ours(info, SHM + name)
         if info.st_size < mmap.PAGESIZE:
             return None
         if info.st_size % 8:
             raise ProtocolError(f"{SHM}{name} is damaged: {info.st_size} bytes; end its workers, then mppool gc")
-        return SharedWords(mmap.mmap(shm.fd, info.st_size))
-    except OSError as error:
-        raise _explained(error, name, info.st_size) from error
-    finally:
-        shm.close_fd()
+        try:
+            return SharedWords(mmap.mmap(file.fileno(), info.st_size))
+        except OSError as error:
+            raise _explained(error, name, info.st_size) from error
 
 
 def unlink(name: str) -> None:
     """Remove the name if it is there; mappings of it live on."""
     try:
-        posix_ipc.unlink_shared_memory(name)
-    except posix_ipc.ExistentialError:
+        os.unlink(SHM + name)
+    except FileNotFoundError:
         pass
 
 

@@ -49,7 +49,7 @@ class Operation:
 
     def recover(self, worker: Worker) -> None:
         """The process lives on: what it has, it gives back."""
-        worker.give_back()
+        worker.give_back_after_a_strike()
         worker.end_other()
 
     def check(self, scene: Scene, *others: Peer) -> None:
@@ -207,11 +207,14 @@ class Hooks(Operation):
     def run(self, worker: Worker) -> None:
         assert worker.other is not None
         worker.lent.append(worker.other.getconn(DEADLINE))
-        worker.other.putconn(worker.lent.pop())
+        worker.other.putconn(worker.lent[0])  # which is not lost if the exception falls before or after
+        worker.lent.clear()
 
     def recover(self, worker: Worker) -> None:
         while worker.lent and worker.other is not None:
-            worker.other.putconn(worker.lent.pop())
+            with contextlib.suppress(mppool.Error):  # given back already
+                worker.other.putconn(worker.lent[-1])
+            worker.lent.pop()
         super().recover(worker)
 
 
@@ -223,8 +226,7 @@ class Resize(Operation):
 
     def run(self, worker: Worker) -> None:
         worker.pool.resize(1)
-        worker.pool.putconn(worker.lent.pop())
-        worker.pool.putconn(worker.lent.pop())
+        worker.give_back()
         worker.pool.resize(CAP)
 
     def check(self, scene: Scene, *others: Peer) -> None:
@@ -288,7 +290,8 @@ class CloseWhileLent(Hooks):
     def run(self, worker: Worker) -> None:
         assert worker.other is not None
         worker.other.close()
-        worker.other.putconn(worker.lent.pop())
+        worker.other.putconn(worker.lent[0])
+        worker.lent.clear()
 
 
 class Reclaim(Operation):

@@ -49,7 +49,15 @@ class Worker:
 
     def give_back(self, discard: bool = False) -> None:
         while self.lent:
-            self.pool.putconn(self.lent.pop(), discard=discard)
+            self.pool.putconn(self.lent[-1], discard=discard)
+            self.lent.pop()  # after: what is thrown in between loses nothing
+
+    def give_back_after_a_strike(self) -> None:
+        """The same; the last one may have been given back already."""
+        while self.lent:
+            with contextlib.suppress(mppool.Error):
+                self.pool.putconn(self.lent[-1])
+            self.lent.pop()
 
     def wait_in_vain(self) -> None:
         with contextlib.suppress(mppool.PoolTimeout):
@@ -137,7 +145,10 @@ class Worker:
         part = self.pool._worker
         if part is None:
             return count
-        return count - 2 * len(part.entries) - len(part.lines) - len(part.abandoned)
+        owned: list[Any] = [line.sock for line in [*part.lines, *(line for line, _ in part.abandoned)]]
+        for entry in part.entries.values():
+            owned += [entry.sock, entry.conn]
+        return count - sum(1 for sock in owned if sock is not None and sock.fileno() >= 0)
 
     def state(self) -> str:
         """What this process knows of its lanes and sessions: for the report of a loss."""

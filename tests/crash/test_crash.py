@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -63,9 +64,11 @@ def operations(has_broker: bool) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("operation", chosen, ids=[operation.name for operation in chosen])
 
 
-# Not strict: which lines are struck is left to chance.
-not_yet = pytest.mark.xfail(reason="a few lines in a thousand do not bear an exception yet, of attaching and receiving most of all", strict=False)
-KINDS = ["kill", pytest.param("signal", marks=not_yet)]
+# CPython 3.10 looks for signals in more places: what is thrown there can cost a permit.
+SIGNAL = pytest.param(
+    "signal", marks=pytest.mark.xfail(sys.version_info < (3, 11), reason="CPython 3.10 does not bear an exception at every line", strict=False)
+)
+KINDS = ["kill", SIGNAL]
 
 
 @pytest.mark.xdist_group("crash beside a broker")  # one scene for all of them

@@ -13,7 +13,7 @@ import socket
 import time
 
 from mppool.states import State
-from mppool.wire import RESIDENT, Kind, Message, encode
+from mppool.wire import GIVEN_UP, RESIDENT, Kind, Message, encode
 from tests.fuzz.frames import Dice, Frame, Zoo
 from tests.fuzz.links import RawLink
 from tests.fuzz.rig import CAP, Rig, Seat, Violation
@@ -32,6 +32,7 @@ WEIGHTS = {
     "wait": 6,
     "wait_wrongly": 1,
     "cancel": 2,
+    "give_up": 2,
     "look": 2,
     "shown": 1,
     "accept": 6,
@@ -274,6 +275,21 @@ class Conversation:
         if answer is not None and answer[1] >= 0:
             os.close(answer[1])
         self.adopt_grants(raw.seat)
+
+    def give_up(self) -> None:
+        """Whoever went away without looking has nothing in its lane once it was struck."""
+        raw = self.link()
+        if raw is None or raw.seat is None:
+            return
+        raw.ask(Kind.CANCEL, Frame(encode(Message(Kind.CANCEL, flags=GIVEN_UP))))
+        if raw.await_answer(Kind.STRUCK) is None:
+            raise Violation("a good link was closed")
+        lane = self.waiting.pop(raw, None)
+        answer = raw.take(Kind.GRANT, Kind.DIAL)
+        if answer is not None and answer[1] >= 0:
+            os.close(answer[1])
+        if lane is not None and (raw.seat, lane) not in self.spoilt and raw.seat.lanes()[lane]:
+            raise Violation(f"struck and given up, but lane {lane} says {raw.seat.lanes()[lane]:#x}")
 
     def look(self) -> None:
         raw = self.link()

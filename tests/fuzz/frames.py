@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from mppool.kernel.link import MAX_MESSAGE
-from mppool.wire import FRONT, RESIDENT, WIRE_VERSION, Kind, Message, encode
+from mppool.wire import FRONT, GIVEN_UP, RESIDENT, WIRE_VERSION, Kind, Message, encode
 
 __all__ = ["COUNTS", "Dice", "Frame", "Zoo", "bad_frames"]
 
@@ -100,7 +100,8 @@ class Dice:
         if kind is Kind.FETCH:
             k = self.number() & 0xFFF
             return kind, Frame(encode(Message(kind, k, self.serial(k))))
-        return kind, Frame(encode(Message(kind, self.number() & 0xFFF, dice.getrandbits(64), dice.getrandbits(8), self.body())))
+        flags = dice.getrandbits(8) & ~(GIVEN_UP if kind is Kind.CANCEL else 0)  # who says that it has given up must not look at its lane
+        return kind, Frame(encode(Message(kind, self.number() & 0xFFF, dice.getrandbits(64), flags, self.body())))
 
     def wait(self, lane: int, incarnation: int) -> Frame:
         return Frame(encode(Message(Kind.WAIT, lane, incarnation, self.random.choice((0, 0, FRONT, 255)))))

@@ -71,7 +71,9 @@ class Liar:
     def beat(self) -> None:
         """As a broker that serves: workers wait for it."""
         if self.table is None and os.path.exists(lock_path(self.ident)):
-            self.table = open_table(self.ident, LockFile(lock_path(self.ident), create=False))
+            lock = LockFile(lock_path(self.ident), create=False)
+            self.table = open_table(self.ident, lock)
+            lock.close()
         if self.table is not None:
             self.table.words[W_BEAT] = time.monotonic_ns()
 

@@ -162,6 +162,7 @@ class Ground:
         assert table is not None
         self.table: Table = table
         self.slots: dict[int, Slot] = {}
+        self.seats: list[Seat] = []
 
     def slot(self, k: int) -> Slot:
         if k not in self.slots:
@@ -200,6 +201,9 @@ class Ground:
         return [k for k in used if not self.slot(k).token.value and k not in named_somewhere]
 
     def close(self) -> None:
+        """May be repeated."""
+        for seat in self.seats:
+            seat.die()
         self.table.close()
         self.lock.close()
 
@@ -211,6 +215,7 @@ class Seat:
         self.ground = ground
         with creation_lock(ground.ident, create=False) as self.lock:
             self.row = Row(ground.table, self.lock, os.getpid())
+        ground.seats.append(self)
         self.swept = 0
 
     @property
@@ -380,7 +385,10 @@ def rig(path: str, *, pause_sessions: float = 1.0) -> Iterator[Rig]:
                 for some in bystanders:
                     eventually(lambda some=some: all(some.words[3 * n] > 5 for n in range(some.count)), what="the bystanders begin")  # type: ignore[misc]
                 it = Rig(path, broker, [one, two], bystanders, children, fresh)
-                yield it
+                try:
+                    yield it
+                finally:
+                    it.ground.close()
         finally:
             broker.stop()
 

@@ -118,10 +118,13 @@ class Bench:
         for pool in pools:
             with contextlib.suppress(Error):
                 pool.snapshot()
+            pool.lock.close()
         with contextlib.suppress(Error):
             pool = find_pool(path, name)  # type: ignore[assignment]
-            if pool is not None and self.rounds % 4 == 0:
-                pool.resize(CAP)
+            if pool is not None:
+                with contextlib.closing(pool.lock):
+                    if self.rounds % 4 == 0:
+                        pool.resize(CAP)
 
     def worker(self, server: Judge, path: str, name: str) -> Callable[[Child], dict[str, int]]:
         """Does what it is told; tells what went wrong. Public calls only."""

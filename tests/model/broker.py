@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+from mppool.wire import GIVEN_UP
 from tests.model.explore import WAIT, Explorer, State, Violation
 from tests.model.steps import Atomic, Lock, Step, access
 from tests.model.world import World
@@ -199,16 +200,21 @@ class Brokered(World):
 
 
 class Rows(Brokered):
-    """1 says hello, waits, and may die at any moment; 2 takes a row, which may have been 1's, and uses the slot."""
+    """1 says hello, waits, and may die at any moment; 2 takes a row, which may have been 1's, and uses the slot.
+
+    With ``gives_up`` 1 goes away as soon as it has asked, says so, and looks at its lane only when it was struck.
+    """
 
     rows = 2
     links = (1,)
 
-    def __init__(self, code: SimpleNamespace, *, deaths: int = 1, ticks: int = 2) -> None:
+    def __init__(self, code: SimpleNamespace, *, deaths: int = 1, ticks: int = 2, gives_up: bool = False) -> None:
         super().__init__(code)
         self.deaths = deaths
+        self.gives_up = gives_up
         self.mortal = (1, 2)
         self.operations.update(begin=self.begin, ask=self.ask, wait=self.wait, arrive=self.arrive, claim=self.claim, release=self.release)
+        self.operations.update(give_up=self.give_up, struck=self.struck)
         self.initial[self.places[f"byte {code.table.FIRST_ROW}"]] = 1
         self.initial[self.places[f"byte {code.table.BROKER}"]] = 1
         self.start(SimpleNamespace(desk=None, links={}), ("begin", ticks))
@@ -222,7 +228,23 @@ class Rows(Brokered):
     def ask(self, worker: Any) -> Any:
         access("send", 1, ("HELLO", worker.row.index, worker.row.incarnation))
         access("send", 1, ("WAIT", 0, worker.row.incarnation))
-        return ("wait",)
+        return ("give_up",) if self.gives_up else ("wait",)
+
+    def give_up(self, worker: Any) -> Any:
+        access("send", 1, ("CANCEL", 0, 0, GIVEN_UP))
+        return ("struck",)
+
+    def struck(self, worker: Any) -> Any:
+        """As settle_abandoned does. At rest nothing may be left in a lane whose owner does not come by."""
+        answer = access("answered", 1)
+        if answer not in ("STRUCK", "END"):
+            return ("struck",)
+        if self.code.conversation.granted(worker, worker.all_lanes[0]).lane is None:
+            return None
+        if answer == "STRUCK":
+            raise Violation("struck, and yet something is granted")
+        access("hold", 0)
+        return ("release",)
 
     def wait(self, worker: Any) -> Any:
         answer = access("answered", 1)

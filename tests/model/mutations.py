@@ -36,10 +36,11 @@ DIAL = Setting(Permits, {"dialers": 1, "resizes": (2,), "deaths": 1})
 DIALERS = Setting(Permits, {"dialers": 2, "reclaimers": 0, "deaths": 0})
 INTERRUPTED_DIAL = Setting(Permits, {"dialers": 1, "deaths": 0, "interrupts": 1})
 ROWS = Setting(Rows, {"deaths": 1, "ticks": 1})
+GIVEN_UP = Setting(Rows, {"deaths": 1, "ticks": 1, "gives_up": True})
 RESTART = Setting(Restart, {"deaths": 1, "ticks": 1})
 
 # What is explored of the code as it is: quick ones for every run of the tests, and larger ones.
-SCENARIOS = [DEATH, GRANT, RECLAIMERS, ARRIVAL, INTERRUPTED, DIAL, DIALERS, INTERRUPTED_DIAL, ROWS, RESTART]
+SCENARIOS = [DEATH, GRANT, RECLAIMERS, ARRIVAL, INTERRUPTED, DIAL, DIALERS, INTERRUPTED_DIAL, ROWS, GIVEN_UP, RESTART]
 LONG = [
     Setting(Claims, {"users": 2, "reclaimers": 2, "deaths": 3}),
     Setting(Claims, {"users": 3, "reclaimers": 1, "deaths": 2}),
@@ -94,6 +95,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         ),
         RECLAIMERS,
     ),
+    (Mutation("a grant that nobody waits for is not taken back", (("desk", "if flags & GIVEN_UP:", "if flags & FRONT:"),)), GIVEN_UP),
     (Mutation("two reclaimers", (("worker", " == self.serial and worker.lock.take(BROKER)", " == self.serial"),)), ARRIVAL),
     (
         Mutation(
