@@ -306,8 +306,10 @@ def test_tls_stays_with_its_process(broker: BrokerProcess, tmp_path: Path) -> No
     context = ssl.create_default_context(cafile=certificate)
     context.check_hostname = False
     secured = [*command(port), "-u", "root", "-Z", "-o", f"ssl_key={key},ssl_chain_cert={certificate}"]
-    with daemon(secured, port, tmp_path / "log"):
-        with client_of(f"127.0.0.1:{port}", broker, tls_context=context, max_pool_size=1, default_noreply=False) as client, fork(answering(client)) as (child,):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(daemon(secured, port, tmp_path / "log"))
+        client = stack.enter_context(client_of(f"127.0.0.1:{port}", broker, tls_context=context, max_pool_size=1, default_noreply=False))
+        with fork(answering(client)) as (child,):
             for n in range(3):
                 client.set("a", n)
                 child.tell(["get", "a"])
@@ -410,9 +412,10 @@ def test_a_storm_of_workers(memcached: Memcached, broker: BrokerProcess, request
         made = memcached.made()
         with Storm(begin, 12) as storm, Peak(memcached.connections) as peak:
             storm.run(seconds / 2, kill_every=0.1)
+            made = memcached.made() - made
             storm.end()
-        made = memcached.made() - made
         print(f"\nkills {storm.kills}, peak {peak.most} of {cap} in {peak.samples} looks, made {made}, requests {storm.requests}")
+        print(f"closed {client.pool.get_stats()['closed']}, {client.pool.get_stats()['repairs']} repairs, {client.pool.get_stats()['dials']} dials")
         assert storm.failures == []
         assert storm.requests > 100
         assert peak.most <= cap + 1  # while the end of a killed worker's connection travels

@@ -584,8 +584,8 @@ def test_a_storm_of_workers(database: MariaDB, broker: BrokerProcess, request: p
             storm.run(seconds / 8, kill_every=None)
         with Peak(lambda: len(sessions_of(cursor))) as peak:
             storm.run(seconds / 2, kill_every=0.1)
-        storm.end()
         made = int(database.ask("show status like 'Connections'")[0][1]) - before - 1
+        storm.end()
         stats = pool.get_stats()
         print(f"\nkills {storm.kills}, peak {calm.most} and {peak.most} of {cap} in {calm.samples} and {peak.samples} looks")
         print(f"connections made {made}, requests {storm.requests}, closed {stats['closed']}")
