@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Skipped", "broker", "dies_with_parent", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
+__all__ = ["Skipped", "broker", "dies_with_parent", "mariadb", "memcached", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
 
 _libc = ctypes.CDLL(None)
 
@@ -67,6 +67,34 @@ def redis(directory: str) -> Iterator[int]:
     port = _free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", directory]
     with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
+        yield port
+
+
+@contextlib.contextmanager
+def memcached() -> Iterator[int]:
+    """The port of a memcached. Raises Skipped."""
+    if shutil.which("memcached") is None:
+        raise Skipped("memcached is not installed")
+    port = _free_port()
+    command = ["memcached", "-l", "127.0.0.1", "-p", str(port), *(["-u", "nobody"] if os.geteuid() == 0 else [])]
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
+        yield port
+
+
+@contextlib.contextmanager
+def mariadb(directory: str) -> Iterator[int]:
+    """The port of a MariaDB with a new data directory, whose root needs no password. Raises Skipped."""
+    os.environ["PATH"] += ":/usr/sbin"  # where Debian keeps it
+    if shutil.which("mariadbd") is None:
+        raise Skipped("mariadbd is not installed")
+    port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
+    install = ["mariadb-install-db", "--no-defaults", f"--datadir={directory}/data", "--auth-root-authentication-method=normal", f"--user={user}"]
+    made = subprocess.run([*install, "--skip-test-db"], capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise Skipped(f"mariadb-install-db failed: {made.stderr.strip().splitlines()[-1:]}")
+    command = ["mariadbd", "--no-defaults", f"--datadir={directory}/data", f"--user={user}", "--bind-address=127.0.0.1", f"--port={port}"]
+    command += [f"--socket={directory}/s.sock", f"--pid-file={directory}/pid", "--innodb-buffer-pool-size=8M", "--skip-name-resolve"]
+    with _running(command, signal.SIGTERM, lambda: os.path.exists(f"{directory}/pid") and _connects(socket.AF_INET, ("127.0.0.1", port))):
         yield port
 
 

@@ -65,3 +65,12 @@ def test_tables_say_where_they_were_made() -> None:
     assert table[0].startswith("Python ")
     assert "CPUs" in table[0]
     assert [line.split()[2] for line in table[2:]] == ["mppool", "semaphore"]
+
+
+def test_clients_measures_each_or_says_why_not() -> None:
+    """For every client: logins, adoptions and checkouts, ours and theirs, and their ratios."""
+    result: dict[str, Any] = json.loads(bench("clients", "--rounds", "2", "--number", "10", "--json"))
+    assert set(result["clients"]) | set(result["skipped"]) == {"PyMySQL", "pymemcache"}
+    for row in result["clients"].values():
+        assert all(row[what] > 0 for what in ("login", "adopt", "checkout", "theirs", "with command", "theirs with command"))
+        assert set(row["ratios"]) == {"adopt", "checkout", "with command"}

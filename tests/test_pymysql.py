@@ -21,6 +21,7 @@ import mppool
 from mppool.drivers.pymysql import POLICIES, PyMySQLDriver
 from mppool.integrations.pymysql import ConnectionPool
 from mppool.states import Residence
+from mppool.testing import check_driver
 from tests.helpers.mariadb import MariaDB, mariadb, needs_mariadb, sessions_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.storm import Ask, Peak, Storm
@@ -580,11 +581,11 @@ def test_a_storm_of_workers(database: MariaDB, broker: BrokerProcess, request: p
     with contextlib.closing(pool), database.root() as root, root.cursor() as cursor, Storm(asks(pool), 12) as storm:
         before = int(database.ask("show status like 'Connections'")[0][1])
         with Peak(lambda: len(sessions_of(cursor))) as calm:
-            storm.run(seconds / 4, kill_every=None)
+            storm.run(seconds / 8, kill_every=None)
         with Peak(lambda: len(sessions_of(cursor))) as peak:
-            storm.run(seconds, kill_every=0.1)
-        storm.end()
+            storm.run(seconds / 2, kill_every=0.1)
         made = int(database.ask("show status like 'Connections'")[0][1]) - before - 1
+        storm.end()
         stats = pool.get_stats()
         print(f"\nkills {storm.kills}, peak {calm.most} and {peak.most} of {cap} in {calm.samples} and {peak.samples} looks")
         print(f"connections made {made}, requests {storm.requests}, closed {stats['closed']}")
@@ -596,3 +597,30 @@ def test_a_storm_of_workers(database: MariaDB, broker: BrokerProcess, request: p
         with contextlib.ExitStack() as whole:
             for _ in range(cap):
                 ident(whole.enter_context(pool.connection(timeout=20)))
+
+
+@pytest.mark.parametrize("policy", ["reset", "always"])
+def test_the_driver_keeps_its_promises(database: MariaDB, policy: str) -> None:
+    """The pool's own checks, with every kind of state that is tried above."""
+
+    def an_answer_that_is_not_read(conn: Any) -> None:
+        conn._write_bytes(b"\x09\0\0\0\x03select 7")
+
+    def an_unbuffered_result(conn: Any) -> None:
+        conn.kept = conn.cursor(SSCursor)  # else it is collected, and reads its rest then
+        conn.kept.execute("select seq from seq_1_to_100000")
+
+    ways = {kind: lambda conn, leave=leave: rows(conn, leave) for kind, (leave, _) in KINDS.items()}
+    report = check_driver(
+        PyMySQLDriver(**database.login, on_transfer=policy),
+        identity=ident,
+        ask=lambda conn, nonce: rows(conn, "select %s", nonce)[0][0],
+        look=lambda conn: [seen(conn, look) for _, look in KINDS.values()],
+        dirty={**ways, "an answer that is not read": an_answer_that_is_not_read, "an unbuffered result": an_unbuffered_result},
+        secrets=["secret"],
+        unreachable=PyMySQLDriver(**{**database.login, "port": 1}),
+        timeout=40,
+        only=[] if policy == "reset" else ["clean_after_use", "moves", "dirt", "forked"],
+    )
+    print(report)
+    assert not report.skipped

@@ -163,14 +163,14 @@ class Loan(Lease):
 
     def __enter__(self) -> Any:
         try:
-            return super().__enter__()
+            return Lease.__enter__(self)
         except (PoolTimeout, TooManyWaiting) as error:
             raise why(error) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None and isinstance(error, MemcacheIllegalInputError):
             kind = error = None
-        super().__exit__(kind, error, trace)
+        Lease.__exit__(self, kind, error, trace)
 
 
 def why(error: Exception) -> Error:

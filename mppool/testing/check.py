@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -44,11 +45,13 @@ def check_driver(
     """
     ways = dict(dirty) if isinstance(dirty, Mapping) else {getattr(leave, "__name__", f"way {n}"): leave for n, leave in enumerate(dirty, 1)}
     report = Report(f"{type(driver).__name__} ({driver.name})")
-    with processes.broker() as path:
-        kit = Kit(driver, identity, ask, look, ways, secrets, unreachable, moves, path, timeout)
-        for name, says, advice, check in PROMISES:
+    kit = Kit(driver, identity, ask, look, ways, secrets, unreachable, moves, "", timeout)
+    with contextlib.ExitStack() as afterwards:
+        for name, says, advice, check, pooled in PROMISES:
             if only and name not in only:
                 continue
+            if pooled and not kit.broker:
+                kit.broker = afterwards.enter_context(processes.broker())
             kit.name = f"check-{name}"
             try:
                 note = processes.outcome(functools.partial(tried, kit, check), timeout)

@@ -23,7 +23,7 @@ from mppool.testing.report import DoesNotApply, PromiseBroken
 __all__ = ["PROMISES", "Promise"]
 
 MAX_BAGGAGE = 64 * 1024
-PATIENCE = 5.0  # seconds for things that should take no time
+PATIENCE = 3.0  # seconds for things that should take no time
 
 
 class Promise(NamedTuple):
@@ -31,14 +31,15 @@ class Promise(NamedTuple):
     says: str
     advice: str
     check: Callable[[Kit], str | None]
+    pooled: bool  # it needs a broker
 
 
 PROMISES: list[Promise] = []
 
 
-def promise(says: str, advice: str) -> Callable[[Callable[[Kit], str | None]], Callable[[Kit], str | None]]:
+def promise(says: str, advice: str, pooled: bool = False) -> Callable[[Callable[[Kit], str | None]], Callable[[Kit], str | None]]:
     def keep(check: Callable[[Kit], str | None]) -> Callable[[Kit], str | None]:
-        PROMISES.append(Promise(check.__name__, says, advice, check))
+        PROMISES.append(Promise(check.__name__, says, advice, check, pooled))
         return check
 
     return keep
@@ -308,6 +309,7 @@ def close(kit: Kit) -> None:
 @promise(
     "a session goes from process to process and stays the same: the server sees one, every answer is its own, nothing is left behind",
     "see `attach`; if the server sees another session, is_clean(), tidy() or transferred() refuse what they should not",
+    pooled=True,
 )
 def moves(kit: Kit) -> str:
     with kit.dialed() as session:
@@ -329,6 +331,7 @@ def moves(kit: Kit) -> str:
 @promise(
     "what one process leaves in a session, the next does not meet: the session is reset or closed",
     "report it in is_clean() (then tidy() is called), or forget it in transferred() with minds_transfer = True; raise where that cannot be",
+    pooled=True,
 )
 def dirt(kit: Kit) -> str:
     if not kit.dirty:
@@ -383,6 +386,7 @@ def reset(kit: Kit) -> str:
 @promise(
     "a forked child says nothing on its parent's sessions, lent or idle, however it ends",
     "what the pool calls there is abort(); mind what the client itself does at its end: __del__, atexit, weakref.finalize",
+    pooled=True,
 )
 def forked(kit: Kit) -> None:
     pool = kit.pool(max_size=2)
@@ -410,6 +414,7 @@ def forked(kit: Kit) -> None:
 @promise(
     "a process that is killed with a session lent loses nothing: its permit comes back",
     "fileno() must be the connection that the session uses, so that it can be ended from outside",
+    pooled=True,
 )
 def killed(kit: Kit) -> None:
     with borrower(kit) as other:

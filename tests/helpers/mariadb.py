@@ -14,6 +14,7 @@ from typing import Any
 import pymysql
 import pytest
 
+from tests.helpers.certificates import self_signed
 from tests.helpers.daemons import daemon, free_port, needs
 from tests.helpers.processes import eventually
 
@@ -90,14 +91,6 @@ def sessions_of(cursor: Any, user: str = "app") -> list[int]:
     """The server's own list of the user's connections."""
     cursor.execute("select id from information_schema.processlist where user = %s order by id", (user,))
     return [row[0] for row in cursor.fetchall()]
-
-
-def self_signed(directory: Path) -> tuple[str, str]:
-    """A key and a certificate, so that the server offers TLS."""
-    key, certificate = f"{directory}/key.pem", f"{directory}/cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2", "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
-    return key, certificate
 
 
 @contextlib.contextmanager

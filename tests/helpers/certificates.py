@@ -1,0 +1,16 @@
+"""What a server needs to offer TLS."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+__all__ = ["self_signed"]
+
+
+def self_signed(directory: Path) -> tuple[str, str]:
+    """A key and a certificate, so that the server offers TLS."""
+    key, certificate = f"{directory}/key.pem", f"{directory}/cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    return key, certificate
