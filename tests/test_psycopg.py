@@ -47,7 +47,7 @@ def make(database: Database, socket_path: str, broker: BrokerProcess) -> Iterato
 
 
 def pid_of(conn: psycopg.Connection[Any]) -> int:
-    return one(conn, "select pg_backend_pid()")
+    return int(one(conn, "select pg_backend_pid()"))
 
 
 def one(conn: psycopg.Connection[Any], sql: str, *parameters: Any) -> Any:
