@@ -791,9 +791,7 @@ def test_twelve_workers_on_four_sessions(make: Make, database: Database, request
         logins = database.logins()  # before the end, which kills those that are at work
         storm.end()
     rows, distinct = database.ask("select count(*)::int, count(distinct t)::int from done")[0]
-    print(
-        f"\n{'killing' if killing else 'calm'}: {rows} transactions, {storm.kills} kills, {logins} logins, peak {peak.most} ({peak.samples} looks)"
-    )
+    print(f"\n{'killing' if killing else 'calm'}: {rows} transactions, {storm.kills} kills, {logins} logins, peak {peak.most} ({peak.samples} looks)")
     print(pool._pool.get_stats()["closed"])
     assert storm.failures == []
     assert peak.most <= 4
