@@ -17,7 +17,7 @@ import secrets
 import socket
 import struct
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 
 import psycopg
@@ -29,12 +29,21 @@ from mppool.drivers.dialer import abandon, prepare
 from mppool.drivers.postgres import SSL_REQUEST, greeting_of, refusal_in
 from mppool.errors import ProtocolError
 
-__all__ = ["Waits", "bury", "connected", "forked", "offers_tls", "relayed", "replay"]
+__all__ = ["Waits", "bury", "by_itself", "connected", "forked", "offers_tls", "relayed", "remember", "replay"]
+
+KEEPALIVE = {
+    "keepalives_idle": socket.TCP_KEEPIDLE,
+    "keepalives_interval": socket.TCP_KEEPINTVL,
+    "keepalives_count": socket.TCP_KEEPCNT,
+    "tcp_user_timeout": socket.TCP_USER_TIMEOUT,
+}
 
 C = TypeVar("C")
 Waits = Generator[tuple[int, Wait], Ready, C]
 
 _dialing: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_made: weakref.WeakSet[psycopg.BaseConnection[Any]] = weakref.WeakSet()
+_unknown: set[object] = set()  # connections that libpq itself is just making
 _numbers = itertools.count(1)
 
 
@@ -112,8 +121,11 @@ def replay(conninfo: str, greeting: bytes, fd: int) -> pq.abc.PGconn:
         stage.close()
 
 
-def relayed(conninfo: str, real: socket.socket) -> Waits[tuple[pq.abc.PGconn, bytes]]:
-    """A login on ``real``, which becomes libpq's; libpq's connection, and the greeting. Raises OperationalError as a login of libpq's own would."""
+def relayed(conninfo: str, real: socket.socket, where: str) -> Waits[tuple[pq.abc.PGconn, bytes]]:
+    """A login on ``real``, which becomes libpq's; libpq's connection, and the greeting. Raises OperationalError as a login of libpq's own would.
+
+    ``where``: what to say of the place in an error.
+    """
     stage = Stage()
     heard = bytearray()
     try:
@@ -129,7 +141,8 @@ def relayed(conninfo: str, real: socket.socket) -> Waits[tuple[pq.abc.PGconn, by
             if status == PollingStatus.OK:
                 break
             if status == PollingStatus.FAILED:
-                error = psycopg.OperationalError(f"connection failed: {pgconn.get_error_message()}")
+                said = pgconn.get_error_message().replace(f'on socket "{stage.host}/.s.PGSQL.1"', where)
+                error = psycopg.OperationalError(f"connection failed: {said}")
                 error.sqlstate = refusal_in(bytes(heard)) or None
                 pgconn.finish()
                 raise error
@@ -155,8 +168,8 @@ def until(sock: socket.socket, what: Wait) -> Waits[None]:
         pass
 
 
-def connected(family: int, address: Any) -> Waits[socket.socket]:
-    """A connection without a login, non-blocking."""
+def connected(family: int, address: Any, params: Mapping[str, Any]) -> Waits[socket.socket]:
+    """A connection without a login, non-blocking. Of ``params`` those on keeping it alive are obeyed."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     _dialing.add(sock)
     try:
@@ -168,10 +181,20 @@ def connected(family: int, address: Any) -> Waits[socket.socket]:
         if code:
             raise OSError(code, os.strerror(code))
         prepare(sock)
+        if family != socket.AF_UNIX:
+            keep_alive(sock, params)
         return sock
     except BaseException:
         sock.close()
         raise
+
+
+def keep_alive(sock: socket.socket, params: Mapping[str, Any]) -> None:
+    if str(params.get("keepalives", "1")) == "0":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+    for name, option in KEEPALIVE.items():
+        if int(params.get(name) or 0) > 0:
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(params[name]))
 
 
 def offers_tls(sock: socket.socket) -> Waits[bool]:
@@ -195,7 +218,27 @@ def bury(pgconn: pq.abc.PGconn) -> None:
     pgconn.finish()
 
 
-def forked() -> None:
-    """In a forked child: let go of what other threads of the parent were connecting."""
+def remember(conn: psycopg.BaseConnection[Any]) -> None:
+    """It has a connection that a forked child must let go of."""
+    _made.add(conn)
+
+
+def by_itself(making: Waits[C]) -> Waits[C]:
+    """libpq makes a connection without us, whose descriptor nobody knows."""
+    mark = object()
+    _unknown.add(mark)
+    try:
+        return (yield from making)
+    finally:
+        _unknown.discard(mark)
+
+
+def forked() -> bool:
+    """In a forked child: let go of what other threads of the parent were connecting. False: there was something that only libpq knows."""
     for sock in list(_dialing):
         abandon(sock)
+    for conn in list(_made):
+        bury(conn.pgconn)
+    unknown = bool(_unknown)
+    _unknown.clear()
+    return not unknown

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import socket
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,24 +22,26 @@ except ImportError as error:
 
 from psycopg import generators, pq
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import ExecStatus
 
 from mppool.drivers import libpq
 from mppool.drivers.base import AsyncDriverBase, DriverBase
-from mppool.drivers.conninfo import password_for, place_of, residence_by, with_defaults, without_place
-from mppool.drivers.libpq import Waits, bury, connected, offers_tls, relayed, replay
-from mppool.drivers.postgres import cancel_request, is_greeting, is_hopeless, settings_of
+from mppool.drivers.conninfo import effective, for_adopting, for_dialing, place_of, residence_by
+from mppool.drivers.libpq import Waits, bury, by_itself, connected, offers_tls, relayed, remember, replay
+from mppool.drivers.postgres import REMEMBERED, cancel_request, is_greeting, is_hopeless, settings_of
 from mppool.drivers.streams import within
 from mppool.errors import DialFailed, Error, OptionError, ProtocolError
 from mppool.states import Residence
 
 __all__ = ["AsyncPsycopgDriver", "PsycopgDriver"]
 
-IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
+IDLE, ACTIVE, INTRANS, INERROR = 0, 1, 2, 3  # psycopg's TransactionStatus, as plain numbers: is_clean is on the fast path
+SECRET = ("password", "sslpassword", "passfile")
 EQUIPMENT = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")  # arguments of connect() that are not the server's
-DULL = ("require_auth", "channel_binding", "target_session_attrs", "password", "sslcert", "sslkey", "sslpassword", "sslrootcert", "sslcrl")
-"""What only a real login needs, or checks."""
+MADE = ("_autocommit", "_isolation_level", "_read_only", "_deferrable", "_begin_statement", "row_factory", "cursor_factory", "server_cursor_factory")
+"""Attributes that users may change."""
+CANCELING = 0.5  # seconds that cancelling a statement may take when its session is closed
 
 
 class Login(NamedTuple):
@@ -59,32 +60,37 @@ class Login(NamedTuple):
 
 def movable_gen(cls: Any, plain: Callable[..., Any], conninfo: str, options: dict[str, Any]) -> Waits[Any]:
     """In place of psycopg's ``_connect_gen``: one attempt to connect to one place. ``plain`` is psycopg's own, for what cannot move."""
-    given = conninfo_to_dict(conninfo)
-    params = with_defaults(given)
+    params = effective(conninfo)
     family, address, host = place_of(params)
     mode = params.get("sslmode") or "prefer"
     residence = residence_by(params, family)
+    where = f'on socket "{address}"' if family == socket.AF_UNIX else f'at "{host}", port {address[1]}'
     if residence is Residence.moves:
         try:
-            real = yield from connected(family, address)
+            real = yield from connected(family, address, params)
         except OSError as error:
-            raise psycopg.OperationalError(f"connection failed: connection to server at {host!r}, port {params.get('port') or 5432} failed: {error}") from error
+            raise psycopg.OperationalError(f"connection failed: connection to server {where} failed: {error}") from error
         try:
             if mode == "prefer" and family != socket.AF_UNIX:
                 try:
                     residence = Residence.tls if (yield from offers_tls(real)) else Residence.moves
                 except OSError as error:
-                    raise psycopg.OperationalError(f"connection failed: {host!r}: {error}") from error
+                    raise psycopg.OperationalError(f"connection failed: connection to server {where} failed: {error}") from error
             if residence is Residence.moves:
-                password = password_for(params, host, int(params.get("port") or 5432)) if not params.get("password") else None
-                pgconn, greeting = yield from relayed(without_place(given, password), real)
+                pgconn, greeting = yield from relayed(for_dialing(conninfo, params.get("password")), real, where)
                 conn = cls(pgconn)
+                remember(conn)
                 conn._mppool = Login(greeting, family, address, host, Residence.moves if is_greeting(greeting) else Residence.no_adapter)
                 return conn
+        except psycopg.OperationalError:
+            if mode != "allow" or family == socket.AF_UNIX:
+                raise  # else libpq goes on with TLS
         finally:
             real.close()  # libpq has it now, or nobody
-    conn = yield from plain(conninfo, **options)
-    conn._mppool = Login(residence=residence)
+    conn = yield from by_itself(plain(conninfo, **options))
+    remember(conn)
+    secured = Residence.tls if conn.pgconn.ssl_in_use else Residence.no_adapter
+    conn._mppool = Login(residence=residence if residence is Residence.gssapi else secured)
     return conn
 
 
@@ -113,6 +119,8 @@ class Movable:
     """What is other about a connection of ours: how it connects, and how it cancels."""
 
     _mppool = Login()
+    _made: dict[str, Any]  # attributes, when it was made and not yet configured
+    _reported: list[bytes | None]  # settings that libpq was told of, when it was configured
     _pool: Any = None  # that has lent it
     closed: bool
     pgconn: pq.abc.PGconn
@@ -121,6 +129,11 @@ class Movable:
     @classmethod
     def _connect_gen(cls, conninfo: str = "", **options: Any) -> Waits[Any]:
         return movable_gen(cls, super()._connect_gen, conninfo, options)  # type: ignore[misc]
+
+    def __del__(self, *_: Any) -> None:
+        """Forgotten, not closed: others may have the session. (libpq's own end would say goodbye on it.)"""
+        if self._mppool.residence is Residence.moves:
+            bury(self.pgconn)
 
     @property
     def info(self) -> psycopg.ConnectionInfo:
@@ -265,13 +278,12 @@ class Sessions:
         self.connection_class = connection_class
         self.cls = movable(connection_class)
         self._shown: tuple[str, dict[str, Any]] | None = None
-        self.first_statement = random.getrandbits(48) << 14  # names of prepared statements are this process's own, whoever has the session next
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "cls": None, "_shown": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, cls=movable(state["connection_class"]), first_statement=random.getrandbits(48) << 14)
+        vars(self).update(state, cls=movable(state["connection_class"]))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.connection_class.__name__}>"  # the connection string may hold a password
@@ -282,10 +294,10 @@ class Sessions:
         return conninfo, {"prepare_threshold": None, **(kwargs or {})}
 
     def parameters(self) -> dict[str, Any]:
-        """Of the connection, with what the environment says; no password."""
+        """Of the connection, with what libpq finds in the environment and in files; no password."""
         conninfo, kwargs = self.arguments()
-        given = conninfo_to_dict(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT})
-        return {name: value for name, value in with_defaults(given).items() if name not in ("password", "sslpassword")}
+        given = make_conninfo(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT})
+        return {name: value for name, value in effective(given).items() if name not in SECRET}
 
     def key(self) -> str:
         said = repr(sorted((name, str(value)) for name, value in self.parameters().items() if name != "connect_timeout"))
@@ -319,6 +331,7 @@ class Sessions:
                 known.detach()
             conn._mppool = Login(greeting, family, address, host, Residence.moves, adopted=True)
             self.equip(conn, self.stage_arguments()[1])
+            self.note(conn)
             return conn
         except BaseException:
             self.abort(conn)
@@ -327,10 +340,8 @@ class Sessions:
     def stage_arguments(self) -> tuple[str, dict[str, Any]]:
         """How libpq is started to be shown a greeting, and what psycopg is told besides."""
         if self._shown is None:
-            conninfo, kwargs = self.arguments()
-            equipment = {name: kwargs.pop(name) for name in EQUIPMENT if name in kwargs}
-            params = conninfo_to_dict(conninfo, **kwargs)
-            self._shown = without_place({name: value for name, value in params.items() if name not in DULL}, "-"), equipment
+            kwargs = self.arguments()[1]
+            self._shown = for_adopting(self.parameters()), {name: kwargs[name] for name in EQUIPMENT if name in kwargs}
         return self._shown
 
     def equip(self, conn: Any, equipment: Mapping[str, Any]) -> None:
@@ -343,10 +354,50 @@ class Sessions:
         if equipment.get("context"):
             conn._adapters = AdaptersMap(equipment["context"].adapters)
         conn.prepare_threshold = equipment.get("prepare_threshold")
-        conn._prepared._prepared_idx = self.first_statement
+
+    def note(self, conn: Any) -> None:
+        """This is how it was made."""
+        conn._made = {**{name: getattr(conn, name) for name in MADE}, "thresholds": (conn.prepare_threshold, conn.prepared_max)}
+        conn._reported = reported(conn)
+
+    def as_made(self, conn: Any) -> None:
+        """What users and ``configure`` did to it here is undone, as far as it is psycopg's."""
+        made = dict(conn._made)
+        conn.prepare_threshold, conn.prepared_max = made.pop("thresholds")
+        vars(conn).update(made)
+        conn._notice_handlers.clear()
+        conn._notify_handlers.clear()
 
     def is_clean(self, session: Any) -> bool:
-        return session.pgconn.transaction_status == IDLE and session._pipeline is None
+        """Idle, no pipeline, no notifications left, none being waited for."""
+        return (
+            session.pgconn.transaction_status == IDLE
+            and session._pipeline is None
+            and session._tpc is None
+            and not session._notifies_backlog
+            and session._notifies_backlog is not None
+            and (self.on_transfer != "trust" or reported(session) == session._reported)
+        )
+
+    def check_tidy(self, session: Any) -> bool:
+        """Is it in a transaction? Raises Error if it is in the middle of anything else."""
+        status = session.pgconn.transaction_status
+        if session._pipeline is not None or session._tpc is not None or session._notifies_backlog is None or status not in (IDLE, INTRANS, INERROR):
+            raise Error("the connection is in the middle of something")
+        session._notifies_backlog.clear()
+        return status != IDLE  # type: ignore[no-any-return]
+
+    def must_reset(self, session: Any) -> bool:
+        """At a return. Under "trust", too, if settings were changed that other processes read by and would not be told of."""
+        return self.on_transfer == "always" or (self.on_transfer == "trust" and reported(session) != session._reported)
+
+    def begins_anew(self, session: Any) -> bool:
+        """At a transfer. One that is to be configured in a process that never had it is reset first: it would not be told of what others configured already."""
+        return self.on_transfer == "reset" or bool(session._mppool.adopted and self.configure is not None)
+
+    def must_deallocate(self, session: Any) -> bool:
+        """Statements that others prepared may have the names that psycopg would use here."""
+        return self.on_transfer == "trust" and session.prepare_threshold is not None
 
     def check_set_up(self, session: Any) -> None:
         if session.pgconn.transaction_status != IDLE:
@@ -360,6 +411,9 @@ class Sessions:
                 cache.clear()
         if session._notifies_backlog:
             session._notifies_backlog.clear()
+
+    def believe(self, session: Any) -> None:
+        """After a reset: what libpq remembers of settings must be as at the login, whoever it was that the server told of changes."""
         greeting = session._mppool.greeting
         if any(session.pgconn.parameter_status(name) not in (None, value) for name, value in settings_of(greeting)):
             self.renew(session)
@@ -379,13 +433,12 @@ class Sessions:
         bury(session.pgconn)
 
     def forked(self) -> bool:
-        libpq.forked()
-        return residence_by(self.parameters(), socket.AF_INET) is Residence.moves
+        return libpq.forked()
 
     @staticmethod
     def failed(error: psycopg.Error) -> DialFailed:
         text = str(error)
-        hopeless = is_hopeless(error.sqlstate or "") or "password authentication failed" in text
+        hopeless = is_hopeless(error.sqlstate or "") or "password authentication failed" in text or "no password supplied" in text
         return DialFailed(text, permanent=hopeless)
 
 
@@ -410,8 +463,8 @@ class PsycopgDriver(Sessions, DriverBase):
             conn = self.cls.connect(conninfo, **kwargs)
         except psycopg.Error as error:
             raise self.failed(error) from error
-        conn._prepared._prepared_idx = self.first_statement
         try:
+            self.note(conn)
             self.set_up(conn)
         except BaseException:
             end(conn)
@@ -422,38 +475,44 @@ class PsycopgDriver(Sessions, DriverBase):
         return self._attach(fd, baggage)
 
     def tidy(self, session: Any) -> None:
-        status = session.pgconn.transaction_status
-        if session._pipeline is not None or status not in (IDLE, INTRANS, INERROR):
-            raise Error("the connection is in the middle of something")
-        if status != IDLE:
+        if self.check_tidy(session):
             session.rollback()
-        if self.on_transfer == "always":
+        if self.must_reset(session):
             self.reset(session)
-            self.set_up(session)
 
     def transferred(self, session: Any) -> None:
-        if self.on_transfer == "reset":
+        if self.begins_anew(session):
             self.reset(session)
-        elif self.on_transfer == "always":
+        else:
             self.forget(session)
-        if self.on_transfer != "trust" or session._mppool.adopted:
-            self.set_up(session)
-            session._mppool = session._mppool._replace(adopted=False)
+            if self.must_deallocate(session):
+                session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
+        session._mppool = session._mppool._replace(adopted=False)
 
     def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""
         if self.configure is not None:
             self.configure(session)
             self.check_set_up(session)
+            session._reported = reported(session)
 
     def reset(self, session: Any) -> None:
         session.wait(command(session.pgconn, b"DISCARD ALL"))
         self.forget(session)
+        self.believe(session)
+        self.as_made(session)
+        self.set_up(session)
 
     def ping(self, session: Any) -> None:
         session.wait(command(session.pgconn, b""))
 
     def close(self, session: Any) -> None:
+        """Say goodbye; a statement in progress is cancelled first, or the server would go on with it."""
+        if session._mppool.greeting and session.pgconn.transaction_status == ACTIVE:
+            try:
+                cancel(session._mppool, CANCELING)
+            except psycopg.Error:
+                pass  # it finds out by itself, later
         end(session)
 
 
@@ -478,8 +537,8 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
             conn = await self.cls.connect(conninfo, **kwargs)
         except psycopg.Error as error:
             raise self.failed(error) from error
-        conn._prepared._prepared_idx = self.first_statement
         try:
+            self.note(conn)
             await self.set_up(conn)
         except BaseException:
             end(conn)
@@ -490,23 +549,19 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
         return self._attach(fd, baggage)  # some 50 us, with nobody to wait for
 
     async def tidy(self, session: Any) -> None:
-        status = session.pgconn.transaction_status
-        if session._pipeline is not None or status not in (IDLE, INTRANS, INERROR):
-            raise Error("the connection is in the middle of something")
-        if status != IDLE:
+        if self.check_tidy(session):
             await session.rollback()
-        if self.on_transfer == "always":
+        if self.must_reset(session):
             await self.reset(session)
-            await self.set_up(session)
 
     async def transferred(self, session: Any) -> None:
-        if self.on_transfer == "reset":
+        if self.begins_anew(session):
             await self.reset(session)
-        elif self.on_transfer == "always":
+        else:
             self.forget(session)
-        if self.on_transfer != "trust" or session._mppool.adopted:
-            await self.set_up(session)
-            session._mppool = session._mppool._replace(adopted=False)
+            if self.must_deallocate(session):
+                await session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
+        session._mppool = session._mppool._replace(adopted=False)
 
     async def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""
@@ -515,15 +570,24 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
             if isawaitable(said):
                 await said
             self.check_set_up(session)
+            session._reported = reported(session)
 
     async def reset(self, session: Any) -> None:
         await session.wait(command(session.pgconn, b"DISCARD ALL"))
         self.forget(session)
+        self.believe(session)
+        self.as_made(session)
+        await self.set_up(session)
 
     async def ping(self, session: Any) -> None:
         await session.wait(command(session.pgconn, b""))
 
     async def close(self, session: Any) -> None:
+        if session._mppool.greeting and session.pgconn.transaction_status == ACTIVE:
+            try:
+                await cancel_async(session._mppool, CANCELING)
+            except psycopg.Error:
+                pass  # it finds out by itself, later
         end(session)
 
 
@@ -534,3 +598,8 @@ def command(pgconn: pq.abc.PGconn, sql: bytes) -> Any:
     for result in results:
         if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY):
             raise psycopg.errors.error_from_result(result)
+
+
+def reported(session: Any) -> list[bytes | None]:
+    """The settings that libpq was told of and by which a client reads."""
+    return list(map(session.pgconn.parameter_status, REMEMBERED))

@@ -196,7 +196,8 @@ class ConnectionPool(_Shared):
 
     "reset"    (the default) DISCARD ALL before it is lent here: nothing travels
     "always"   DISCARD ALL at every return: nothing is left, not even for the same process
-    "trust"    nothing: settings, temporary tables, advisory locks, LISTEN of other workers may be met. Never change client_encoding then
+    "trust"    nothing: settings, temporary tables, advisory locks, LISTEN of other workers may be met. Only where a user changed what clients read
+               by (client_encoding, TimeZone, DateStyle, IntervalStyle, standard_conforming_strings) is it reset, at its return
 
     and ``broker autostart max_dialing max_lease close_timeout`` are those of ``mppool.Pool``.
 
@@ -206,8 +207,8 @@ class ConnectionPool(_Shared):
     - A pool opens at its first use, in each process anew; made before a fork it works in every child. ``open=True`` opens at once.
     - A server that refuses for good (wrong password, no such database) raises ConnectFailed at once, not PoolTimeout after ``timeout``.
     - ``configure`` is called in each process, when it first has a session, and after each DISCARD ALL: what it sets is always set.
-    - Prepared statements are off unless ``kwargs`` says ``prepare_threshold``. They are safe: their names are each process's own, and
-      what DISCARD ALL drops is forgotten. (Under "trust", do not DISCARD or DEALLOCATE ALL by hand.)
+    - Prepared statements are off unless ``kwargs`` says ``prepare_threshold``. They are safe: DISCARD ALL drops what other processes prepared
+      (under "trust" that costs a DEALLOCATE ALL), and they are forgotten here; a process that keeps its session keeps its statements.
     - Connections over TLS stay with their process (``sslmode=disable``, or a Unix socket, lets them move). They count in the cap.
     - ``conn.close()`` after the connection was returned does nothing; before, it ends the session.
     - ``min_size`` is dialed when the pool is opened, and not refilled in the background.
@@ -339,7 +340,7 @@ class ConnectionPool(_Shared):
         self.open(wait=True, timeout=timeout)
 
     def close(self, timeout: float = 5.0) -> None:
-        """This process uses the pool no more. Connections live on in others; what is still lent is closed at its return. ``timeout`` has no meaning."""
+        """This process uses the pool no more. Connections live on for others, what is still lent after its return. ``timeout`` has no meaning."""
         self._pool.close()
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
@@ -515,7 +516,7 @@ class AsyncConnectionPool(_Shared):
         await self.open(wait=True, timeout=timeout)
 
     async def close(self, timeout: float = 5.0) -> None:
-        """This process uses the pool no more. Connections live on in others; what is still lent is closed at its return. ``timeout`` has no meaning."""
+        """This process uses the pool no more. Connections live on for others, what is still lent after its return. ``timeout`` has no meaning."""
         await self._pool.close()
 
     async def resize(self, min_size: int, max_size: int | None = None) -> None:

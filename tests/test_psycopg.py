@@ -1,0 +1,801 @@
+"""psycopg on a real PostgreSQL: its sessions move between processes, nothing travels with them, and the server is the judge."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import mppool
+from mppool.drivers.psycopg import PsycopgDriver
+from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolTimeout
+from mppool.states import Residence
+from tests.helpers.postgres import Database, needs_postgres, postgres
+from tests.helpers.processes import BrokerProcess, Child, eventually, fork
+from tests.helpers.storm import Ask, Peak, Storm
+
+pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
+
+Make = Callable[..., ConnectionPool]
+
+
+@pytest.fixture
+def make(database: Database, socket_path: str, broker: BrokerProcess) -> Iterator[Make]:
+    """Makes pools on the test's own database, and closes them."""
+    pools: list[ConnectionPool] = []
+
+    def make(**options: Any) -> ConnectionPool:
+        given = {"conninfo": database.conninfo, "min_size": 0, "max_size": 1, "name": "pg", "broker": socket_path, "timeout": 20.0, **options}
+        pools.append(ConnectionPool(**given))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def pid_of(conn: psycopg.Connection[Any]) -> int:
+    return int(one(conn, "select pg_backend_pid()"))
+
+
+def one(conn: psycopg.Connection[Any], sql: str, *parameters: Any) -> Any:
+    row = conn.execute(sql, parameters or None).fetchone()
+    return row[0] if row is not None else None
+
+
+def autocommit(**more: Any) -> dict[str, Any]:
+    return {"autocommit": True, **more}
+
+
+# Moving.
+
+
+def test_one_session_serves_all_processes(make: Make, database: Database) -> None:
+    """Two processes in turn, 100 times: the same backend all the way, and one login."""
+    pool = make()
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+
+    def work(child: Child) -> None:
+        for _ in range(50):
+            child.hear()
+            with pool.connection() as conn:
+                child.tell(pid_of(conn))
+
+    with fork(work) as (child,):
+        for _ in range(50):
+            child.tell("go")
+            assert child.hear() == backend
+            with pool.connection() as conn:
+                assert pid_of(conn) == backend
+    assert database.logins() == 1
+    assert [row["pid"] for row in database.backends()] == [backend]
+
+
+def test_big_answers_copy_and_cursors_work_on_an_adopted_session(make: Make, database: Database) -> None:
+    """A megabyte at once, COPY both ways, a server-side cursor, a pipeline: in a process that did not log in."""
+    pool = make()
+    with pool.connection() as conn:
+        conn.execute("create table things (n int, t text)")
+
+    def work(_: Child) -> None:
+        with pool.connection() as conn:
+            assert len(one(conn, "select repeat('x', 1000000)")) == 1000000
+            with conn.cursor() as cursor:
+                with cursor.copy("copy things from stdin") as copy:
+                    for n in range(5000):
+                        copy.write_row((n, "t" * 50))
+                with cursor.copy("copy things to stdout") as copy:
+                    assert sum(1 for _ in copy.rows()) == 5000
+            with conn.cursor("named") as named:
+                assert len(named.execute("select n from things").fetchmany(10)) == 10
+            with conn.pipeline():
+                first, second = conn.execute("select 1"), conn.execute("select 2")
+            assert (first.fetchone(), second.fetchone()) == ((1,), (2,))
+
+    with fork(work) as (child,):
+        child.result()
+    assert database.logins() == 1
+
+
+def test_adopting_is_much_cheaper_than_logging_in(database: Database) -> None:
+    """In the same run, in turn: a SCRAM login costs at least 15 times as much (alone on the machine it is above 30)."""
+    driver = PsycopgDriver(database.conninfo)
+    conn = driver.dial()
+    baggage = driver.detach(conn)
+    logins, attaches = [], []
+    for _ in range(15):
+        began = time.perf_counter()
+        psycopg.connect(database.conninfo).close()
+        logins.append(time.perf_counter() - began)
+        for _ in range(5):
+            began = time.perf_counter()
+            adopted = driver.attach(conn.fileno(), baggage)
+            attaches.append(time.perf_counter() - began)
+            driver.abort(adopted)
+    assert one(conn, "select 1") == 1
+    driver.close(conn)
+    ratio = statistics.median(logins) / statistics.median(attaches)
+    print(f"\nlogin {statistics.median(logins) * 1e6:.0f} us, adoption {statistics.median(attaches) * 1e6:.0f} us, ratio {ratio:.0f}")
+    assert ratio > 15
+
+
+@pytest.mark.parametrize("how", ["abort", "forgotten", "forked"])
+def test_letting_go_says_nothing_to_the_server(database: Database, how: str) -> None:
+    """Whatever becomes of one process's connection object, the session goes on for the others."""
+    driver = PsycopgDriver(database.conninfo)
+    conn = driver.dial()
+    held = [driver.attach(conn.fileno(), driver.detach(conn))]
+    assert pid_of(held[0]) == pid_of(conn)
+    conn.rollback()
+    if how == "abort":
+        driver.abort(held[0])
+    elif how == "forked":
+        with fork(lambda _: driver.abort(held[0])) as (child,):
+            child.result()
+        driver.abort(held[0])
+    held.clear()
+    gc.collect()
+    assert one(conn, "select 1") == 1
+    driver.close(conn)
+    eventually(lambda: database.count() == 0, what="close() ended no backend")
+
+
+def test_info_tells_where_the_server_is(make: Make, database: Database) -> None:
+    """Host, port, database and user of an adopted connection are the server's, not those of what libpq was shown."""
+    pool = make()
+    with pool.connection():
+        pass
+
+    def work(_: Child) -> list[Any]:
+        with pool.connection() as conn:
+            return [conn.info.host, conn.info.port, conn.info.dbname, conn.info.user, conn.info.server_version > 0]
+
+    with fork(work) as (child,):
+        assert child.result() == ["127.0.0.1", database.port, database.name, database.user, True]
+
+
+def test_what_connect_was_told_holds_for_adopted_connections(make: Make) -> None:
+    """autocommit, row_factory, cursor_factory, connection_class: as in the process that logged in."""
+
+    class Mine(psycopg.Connection[Any]):
+        def hello(self) -> str:
+            return "hello"
+
+    pool = make(connection_class=Mine, kwargs=autocommit(row_factory=psycopg.rows.dict_row, cursor_factory=psycopg.ClientCursor, application_name="mine"))
+
+    def look() -> list[Any]:
+        with pool.connection() as conn:
+            row = conn.execute("select current_setting('application_name') as name").fetchone()
+            assert isinstance(conn.cursor(), psycopg.ClientCursor)
+            return [conn.hello(), conn.autocommit, row["name"], isinstance(conn, Mine)]
+
+    here = look()
+    with fork(lambda _: look()) as (child,):
+        assert child.result() == here == ["hello", True, "mine", True]
+
+
+def test_threads_and_forks_log_in_beside_each_other(make: Make, database: Database) -> None:
+    """Eight threads in each of two processes begin at the same moment: every one gets an answer to its own question."""
+    pool = make(max_size=6)
+
+    def work(_: Child | None = None) -> None:
+        errors: list[BaseException] = []
+
+        def ask(number: int) -> None:
+            try:
+                for n in range(20):
+                    with pool.connection() as conn:
+                        assert one(conn, "select %s::text", f"{os.getpid()}-{number}-{n}") == f"{os.getpid()}-{number}-{n}"
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+    with fork(work) as (child,), Peak(database.count) as peak:
+        work()
+        child.result()
+    assert peak.most <= 6
+    assert database.logins() <= 6
+
+
+# What does not travel.
+
+MARK = """
+select set_config('app.marker', 'mine', false);
+set search_path = pg_catalog;
+set timezone = 'Asia/Tokyo';
+set client_encoding = 'LATIN1';
+set datestyle = 'German';
+set statement_timeout = '33s';
+set default_transaction_read_only = on;
+set session characteristics as transaction isolation level serializable;
+create temp table secret (t text);
+select pg_advisory_lock(42);
+prepare theirs as select 1;
+listen news;
+declare held cursor with hold for select 1;
+"""
+SEEN = {
+    "setting": "select coalesce(current_setting('app.marker', true), '')",
+    "table": "select coalesce(to_regclass('pg_temp.secret')::text, '')",
+    "lock": "select count(*)::int from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()",
+    "statement": "select count(*)::int from pg_prepared_statements where name = 'theirs'",
+    "channel": "select count(*)::int from pg_listening_channels()",
+    "cursor": "select count(*)::int from pg_cursors where name = 'held'",
+}
+ALL_SETTINGS = "select name, setting from pg_settings where name not in ('application_name') order by name"
+
+
+def marked_in_a_child(pool: ConnectionPool) -> int:
+    """Another process leaves everything it can in the pool's only session, and is gone. Its backend."""
+
+    def work(_: Child) -> int:
+        conn = pool.getconn()
+        backend = pid_of(conn)
+        conn.pgconn.exec_(MARK.encode())
+        pool.putconn(conn)
+        return backend
+
+    with fork(work) as (child,):
+        return int(child.result())
+
+
+@pytest.mark.parametrize("on_transfer", ["reset", "always"])
+def test_nothing_travels(make: Make, database: Database, on_transfer: str) -> None:
+    """Settings, temporary tables, locks, statements, channels, cursors of another process: the session is as one that has just logged in."""
+    pool = make(kwargs=autocommit(), on_transfer=on_transfer)
+    with pool.connection() as conn:
+        assert one(conn, "select 'ä'") == "ä"
+    backend = marked_in_a_child(pool)
+    with pool.connection() as conn, psycopg.connect(database.conninfo) as fresh:
+        assert pid_of(conn) == backend, "not the same session: nothing was tried"
+        assert {name: one(conn, sql) for name, sql in SEEN.items()} == {name: one(fresh, sql) for name, sql in SEEN.items()}
+        assert conn.execute(ALL_SETTINGS).fetchall() == fresh.execute(ALL_SETTINGS).fetchall()
+        assert one(conn, "select 'ä'") == "ä"
+        assert one(conn, "select now()").tzinfo == one(fresh, "select now()").tzinfo
+
+
+def test_always_leaves_nothing_for_the_same_process(make: Make) -> None:
+    """on_transfer="always" resets at every return; "reset" leaves a process its own settings."""
+    for on_transfer, seen in (("always", ""), ("reset", "mine")):
+        pool = make(kwargs=autocommit(), on_transfer=on_transfer, name=on_transfer)
+        with pool.connection() as conn:
+            one(conn, "select set_config('app.marker', 'mine', false)")
+        with pool.connection() as conn:
+            assert one(conn, SEEN["setting"]) == seen
+
+
+def test_under_trust_it_travels_as_documented(make: Make) -> None:
+    """on_transfer="trust" resets nothing: what others left is met. This is what it is documented to leak."""
+    pool = make(kwargs=autocommit(), on_transfer="trust")
+    with pool.connection():
+        pass
+
+    def work(_: Child) -> None:
+        with pool.connection() as conn:
+            conn.execute("select set_config('app.marker', 'mine', false)")
+            conn.execute("create temp table secret (t text)")
+            conn.execute("select pg_advisory_lock(42)")
+            conn.execute("prepare theirs as select 1")
+            conn.execute("listen news")
+
+    with fork(work) as (child,):
+        child.result()
+    with pool.connection() as conn:
+        seen = {name: one(conn, sql) for name, sql in SEEN.items()}
+    assert seen == {"setting": "mine", "table": "secret", "lock": 1, "statement": 1, "channel": 1, "cursor": 0}
+
+
+def test_libpq_believes_no_settings_of_others(make: Make) -> None:
+    """A process changes time zone and encoding, another resets them; when the first comes back, its libpq does not read by what it changed."""
+    pool = make(kwargs=autocommit())
+    with pool.connection() as conn:
+        conn.execute("set timezone = 'Asia/Tokyo'")
+        conn.execute("set client_encoding = 'LATIN1'")
+        conn.execute("set datestyle = 'German'")
+
+    def work(_: Child) -> str:
+        with pool.connection() as conn:
+            return str(one(conn, "show timezone"))
+
+    with fork(work) as (child,):
+        assert child.result() != "Asia/Tokyo"
+    with pool.connection() as conn:
+        assert one(conn, "select 'äöü€'") == "äöü€"
+        assert one(conn, "select %s::text", "äöü€") == "äöü€"
+        assert str(one(conn, "select now()").tzinfo) == one(conn, "show timezone")
+        assert conn.info.timezone.key == one(conn, "show timezone")
+
+
+def test_under_trust_a_client_reads_what_the_server_sends(make: Make) -> None:
+    """The settings that change how a client reads (encoding, time zone, styles) are put back at the return, or bytes would be misread elsewhere."""
+    pool = make(kwargs=autocommit(), on_transfer="trust")
+    with pool.connection():
+        pass
+
+    def work(_: Child) -> None:
+        with pool.connection() as conn:
+            conn.execute("set client_encoding = 'LATIN1'")
+            conn.execute("set timezone = 'Asia/Tokyo'")
+
+    with fork(work) as (child,):
+        child.result()
+    with pool.connection() as conn:
+        assert one(conn, "select 'äöü'") == "äöü"
+        assert str(one(conn, "select now()").tzinfo) == one(conn, "show timezone")
+
+
+@pytest.mark.parametrize("on_transfer", ["reset", "always", "trust"])
+def test_prepared_statements_do_not_collide(make: Make, on_transfer: str) -> None:
+    """Two processes prepare the same and other statements in one session, one of them rolls back: no name is taken, none is missing."""
+    pool = make(kwargs={"prepare_threshold": 0}, on_transfer=on_transfer)
+
+    def turn(number: int) -> None:
+        for n in range(3):
+            with pool.connection() as conn:
+                assert one(conn, "select %s::int + 1", n) == n + 1
+                assert one(conn, f"select %s::int + {number}", n) == n + number
+
+    def work(child: Child) -> None:
+        for _ in range(4):
+            child.hear()
+            turn(7)
+            conn = pool.getconn()
+            one(conn, "select %s::int + 1", 1)
+            conn.rollback()  # which makes psycopg forget its statements, and deallocate all there are
+            one(conn, "select %s::int + 1", 1)
+            conn.commit()
+            pool.putconn(conn)
+            child.tell("done")
+
+    turn(5)
+    with fork(work) as (child,):
+        for _ in range(4):
+            child.tell("go")
+            child.hear()
+            turn(5)
+    with pool.connection() as conn:
+        assert one(conn, "select count(*) from pg_prepared_statements") <= 4, "they pile up"
+
+
+def test_statements_are_not_prepared_unless_asked(make: Make) -> None:
+    """prepare_threshold is None by default; with a value, a process that keeps its session finds its statements again."""
+    for kwargs, prepared in ((autocommit(), 0), (autocommit(prepare_threshold=0), 1)):
+        pool = make(kwargs=kwargs, name=f"prepared-{prepared}")
+        for _ in range(10):
+            with pool.connection() as conn:
+                one(conn, "select %s::int", 1)
+        with pool.connection() as conn:
+            found = conn.execute("select count(*) from pg_prepared_statements where statement like 'select $1::int'", prepare=False).fetchone()
+            assert found == (prepared,)
+
+
+def test_notifications_are_nobody_elses(make: Make, database: Database) -> None:
+    """A notification that came in time is not met by the next user; one that comes while the session is idle ends it."""
+    pool = make(kwargs=autocommit())
+    with pool.connection() as conn:
+        conn.execute("listen news")
+        conn.execute("notify news, 'for me'")
+        backend = pid_of(conn)
+    with pool.connection() as conn:
+        assert list(conn.notifies(timeout=0)) == []
+        assert pid_of(conn) == backend
+    database.ask("notify news, 'for nobody'")
+    with pool.connection() as conn:
+        assert list(conn.notifies(timeout=0)) == []
+        assert pid_of(conn) != backend
+
+
+def test_configure_holds_everywhere(make: Make) -> None:
+    """What ``configure`` sets is set in every process and after every reset, and its handlers are there once."""
+
+    def configure(conn: psycopg.Connection[Any]) -> None:
+        conn.add_notice_handler(print)
+        conn.autocommit = True
+        conn.execute("set timezone = 'Asia/Tokyo'")
+        conn.execute("select set_config('app.configured', 'yes', false)")
+
+    pool = make(configure=configure)
+
+    def look() -> list[Any]:
+        with pool.connection() as conn:
+            seen = [conn.autocommit, one(conn, "select current_setting('app.configured', true)"), len(conn._notice_handlers)]
+            assert str(one(conn, "select now()").tzinfo) == "Asia/Tokyo"
+            conn.execute("select set_config('app.configured', 'no', false)")
+            return seen
+
+    def work(child: Child) -> None:
+        for _ in range(3):
+            child.hear()
+            child.tell(look())
+
+    assert look() == [True, "yes", 1]
+    with fork(work) as (child,):
+        for _ in range(3):
+            child.tell("go")
+            assert child.hear() == [True, "yes", 1]
+            assert look() == [True, "yes", 1]
+
+
+# Cancelling, and ends of all kinds.
+
+
+def adopted(pool: ConnectionPool) -> None:
+    """The pool's only session is one that this process did not dial."""
+
+    def work(_: Child) -> None:
+        with pool.connection():
+            pass
+
+    with fork(work) as (child,):
+        child.result()
+
+
+@pytest.mark.parametrize("how", ["cancel", "cancel_safe"])
+def test_cancelling_works_on_adopted_sessions(make: Make, database: Database, how: str) -> None:
+    """The request goes to the real server with the recorded key; the connection can be used afterwards."""
+    pool = make(kwargs=autocommit())
+    adopted(pool)
+    with pool.connection() as conn:
+        timer = threading.Timer(0.2, getattr(conn, how))
+        timer.start()
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            conn.execute("select pg_sleep(60)")
+        timer.join()
+        assert one(conn, "select 1") == 1
+    assert database.logins() == 1
+
+
+def test_ctrl_c_cancels_the_statement(make: Make, database: Database) -> None:
+    """SIGINT in the middle of a statement on an adopted session: KeyboardInterrupt, and the server works for nobody."""
+    pool = make(kwargs=autocommit())
+    adopted(pool)
+
+    def work(child: Child) -> list[Any]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        conn = pool.getconn()
+        child.tell("now")
+        try:
+            conn.execute("select pg_sleep(60)")
+        except KeyboardInterrupt:
+            after = one(conn, "select 1")
+            pool.putconn(conn)
+            return ["interrupted", after]
+        return []
+
+    with fork(work) as (child,):
+        child.hear()
+        eventually(lambda: any(row["state"] == "active" for row in database.backends()))
+        os.kill(child.pid, signal.SIGINT)
+        assert child.result() == ["interrupted", 1]
+    assert all(row["state"] == "idle" for row in database.backends())
+    assert database.logins() == 1
+
+
+def test_a_session_returned_in_mid_statement_is_closed_and_the_server_stops(make: Make, database: Database) -> None:
+    """putconn() of a connection that is still executing: the statement is cancelled, so that the server does not stand above the cap."""
+    pool = make(kwargs=autocommit())
+    conn = pool.getconn()
+    conn.pgconn.send_query(b"select pg_sleep(60)")
+    with Peak(database.count) as peak:
+        pool.putconn(conn)
+        with pool.connection() as other:
+            assert one(other, "select 1") == 1
+    assert peak.most <= 1
+    assert not any(row["state"] == "active" for row in database.backends())
+
+
+def test_a_worker_killed_in_mid_statement_leaves_nothing_running(make: Make, database: Database) -> None:
+    """SIGKILL while the server works: the statement is cancelled with the recorded key, and its permit serves the next."""
+    pool = make(kwargs=autocommit())
+    adopted(pool)
+
+    def work(child: Child) -> None:
+        with pool.connection() as conn:
+            child.tell("now")
+            conn.execute("select pg_sleep(60)")
+
+    with fork(work) as (child,), Peak(database.count) as peak:
+        child.hear()
+        eventually(lambda: any(row["state"] == "active" for row in database.backends()))
+        child.kill()
+        with pool.connection(timeout=10) as conn:
+            assert one(conn, "select 1") == 1
+    assert peak.most <= 1
+    assert not any(row["state"] == "active" for row in database.backends())
+
+
+def test_a_session_that_the_server_ended_is_not_lent(make: Make, database: Database) -> None:
+    """pg_terminate_backend of an idle session: the next user gets a new one, without an error."""
+    pool = make()
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+    database.ask("select pg_terminate_backend(%s, 5000)", backend)
+    with pool.connection() as conn:
+        assert pid_of(conn) != backend
+    assert database.logins() == 2
+
+
+def test_idle_session_timeout_is_noticed(make: Make, database: Database) -> None:
+    """The server ends sessions that idle: it says why before it closes, and that is no answer to anybody's question."""
+    database.ask(f"alter role {database.user} set idle_session_timeout = '100ms'")
+    pool = make()
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+    eventually(lambda: database.count() == 0)
+    with pool.connection() as conn:
+        assert pid_of(conn) != backend
+
+
+def test_a_restarted_server_is_found_again(make: Make, database: Database) -> None:
+    """Idle sessions in two processes, then a restart: both go on with new ones."""
+    pool = make(max_size=2)
+
+    def work(child: Child) -> None:
+        with pool.connection() as conn:
+            child.tell(pid_of(conn))
+        child.hear()
+        with pool.connection() as conn:
+            child.tell(one(conn, "select 1"))
+
+    with fork(work) as (child,):
+        child.hear()
+        with pool.connection():
+            pass
+        database.server.restart()
+        child.tell("go on")
+        assert child.hear() == 1
+        with pool.connection() as conn:
+            assert one(conn, "select 1") == 1
+
+
+def test_a_statement_that_meets_a_restart_fails_and_its_session_is_closed(make: Make, database: Database) -> None:
+    """The user is told as by any psycopg connection; the next checkout has a new session."""
+    pool = make(kwargs=autocommit())
+
+    def meet_it() -> None:
+        with pool.connection() as conn:
+            database.ask("select pg_terminate_backend(%s, 5000)", pid_of(conn))
+            conn.execute("select 1")
+
+    with pytest.raises(psycopg.OperationalError):
+        meet_it()
+    with pool.connection() as conn:
+        assert one(conn, "select 1") == 1
+
+
+def test_a_limit_that_others_have_reached_is_waited_for(make: Make, database: Database) -> None:
+    """Too many connections, by the server's own count: not for good. A timeout tells of it; when others leave, we get in."""
+    database.ask(f"alter role {database.user} connection limit 1")
+    other = psycopg.connect(database.conninfo)
+    pool = make()
+    with pytest.raises(PoolTimeout) as caught:
+        pool.getconn(timeout=0.5)
+    assert "too many connections" in str(caught.value.__cause__)
+    other.close()
+    with pool.connection(timeout=10) as conn:
+        assert one(conn, "select 1") == 1
+
+
+@pytest.mark.parametrize("wrong", ["password", "database", "role", "no password"])
+def test_what_waiting_does_not_help_is_told_at_once(make: Make, database: Database, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong password, missing database or role: the server's own words, at once, and nothing of the password."""
+    monkeypatch.setenv("PGPASSFILE", "/nonexistent")
+    instead = {"password": {"password": "wrong"}, "database": {"dbname": "nowhere"}, "role": {"user": "nobody"}, "no password": {"password": ""}}[wrong]
+    pool = make(conninfo=psycopg.conninfo.make_conninfo(database.conninfo, **instead))
+    with pytest.raises(ConnectFailed) as caught:
+        pool.getconn()
+    said = {"password": "authentication failed", "database": "does not exist", "role": "authentication failed", "no password": "no password supplied"}[wrong]
+    assert said in str(caught.value)
+    assert isinstance(caught.value, psycopg.OperationalError)
+    assert database.password not in str(caught.value) + repr(caught.value.__cause__) + repr(pool)
+
+
+# Where to, and how.
+
+
+@pytest.mark.parametrize("mode", ["disable", "allow", "prefer"])
+def test_plain_modes_move(database: Database, mode: str) -> None:
+    """A server without TLS: every mode that does not insist makes sessions that move."""
+    driver = PsycopgDriver(f"{database.conninfo} sslmode={mode}")
+    conn = driver.dial()
+    assert driver.residence(conn) is Residence.moves
+    driver.close(conn)
+
+
+def test_hosts_are_tried_in_order(database: Database) -> None:
+    """One where nothing listens, then the right one; target_session_attrs is asked of the server."""
+    conninfo = f"host=127.0.0.1,127.0.0.1 port=1,{database.port} dbname={database.name} user={database.user} password={database.password}"
+    driver = PsycopgDriver(f"{conninfo} target_session_attrs=read-write")
+    conn = driver.dial()
+    again = driver.attach(conn.fileno(), driver.detach(conn))
+    assert pid_of(again) == pid_of(conn)
+    driver.abort(again)
+    driver.close(conn)
+    with pytest.raises(mppool.DialFailed):
+        PsycopgDriver(f"{conninfo} target_session_attrs=standby").dial()
+
+
+def test_environment_password_file_and_service_file(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq's own sources are its own: PG* variables, ~/.pgpass, pg_service.conf. All of these sessions move."""
+    passfile, services = tmp_path / "pgpass", tmp_path / "services"
+    passfile.write_text(f"127.0.0.1:{database.port}:*:{database.user}:{database.password}\n")
+    passfile.chmod(0o600)
+    services.write_text(f"[app]\nhost=127.0.0.1\nport={database.port}\nuser={database.user}\ndbname={database.name}\n")
+    monkeypatch.setenv("PGPASSFILE", str(passfile))
+    monkeypatch.setenv("PGSERVICEFILE", str(services))
+    drivers = [PsycopgDriver("service=app")]
+    for name, value in (("PGHOST", "127.0.0.1"), ("PGPORT", database.port), ("PGUSER", database.user), ("PGDATABASE", database.name)):
+        monkeypatch.setenv(name, str(value))
+    drivers.append(PsycopgDriver(""))
+    for driver in drivers:
+        conn = driver.dial()
+        assert driver.residence(conn) is Residence.moves
+        again = driver.attach(conn.fileno(), driver.detach(conn))
+        assert pid_of(again) == pid_of(conn)
+        driver.abort(again)
+        driver.close(conn)
+
+
+def test_connect_timeout_holds(judge_that_is_deaf: int) -> None:
+    """A server that accepts and says nothing: given up after connect_timeout (which is 2 s at the least, as libpq's)."""
+    began = time.monotonic()
+    with pytest.raises(mppool.DialFailed) as caught:
+        PsycopgDriver(f"host=127.0.0.1 port={judge_that_is_deaf} user=x dbname=x connect_timeout=2").dial()
+    assert "timeout" in str(caught.value)
+    assert not caught.value.permanent
+    assert 1.5 < time.monotonic() - began < 15
+
+
+@pytest.fixture
+def judge_that_is_deaf() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_unix_socket_moves_and_cancels(tmp_path: Path, socket_path: str, broker: BrokerProcess) -> None:
+    """Over the server's Unix socket, whatever sslmode says: sessions move, and cancelling finds its way."""
+    directory = Path("/tmp") / f"mppool-test-{os.getpid()}"
+    directory.mkdir(mode=0o777)
+    directory.chmod(0o777)
+    try:
+        with postgres(unix_socket_directories=str(directory)) as server:
+            database = Database(server)
+            conninfo = psycopg.conninfo.make_conninfo(database.conninfo, host=str(directory), sslmode="prefer")
+            pool = ConnectionPool(conninfo, min_size=0, max_size=1, broker=socket_path, kwargs=autocommit())
+            adopted(pool)
+            with pool.connection() as conn:
+                assert conn.info.host == str(directory)
+                timer = threading.Timer(0.2, conn.cancel)
+                timer.start()
+                with pytest.raises(psycopg.errors.QueryCanceled):
+                    conn.execute("select pg_sleep(60)")
+                timer.join()
+            pool.close()
+            assert server.log.read_text().count(f"connection authorized: user={database.user} ") == 1
+            database.drop()
+    finally:
+        directory.rmdir()
+
+
+def test_over_tls_sessions_stay_and_are_given_up_for_others(tmp_path: Path, socket_path: str, broker: BrokerProcess) -> None:
+    """ssl=on: resident, said so, capped over all processes, never shared, and ended where another process is in need; sslmode=disable moves."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    tmp_path.chmod(0o755)
+    with postgres() as server:
+        for file in (key, certificate):
+            copied = server.data / file.name
+            copied.write_bytes(file.read_bytes())
+            copied.chmod(0o600)
+            if server.user is not None:
+                shutil.chown(copied, server.user)
+        server.stop()
+        server.options.update(ssl="on", ssl_key_file=str(server.data / "key"), ssl_cert_file=str(server.data / "certificate"))
+        server.start()
+        database = Database(server)
+        pool = ConnectionPool(database.conninfo, min_size=0, max_size=1, name="tls", broker=socket_path)
+
+        def work(child: Child) -> None:
+            child.hear()
+            with pool.connection(timeout=10) as conn:
+                child.tell([pid_of(conn), conn.pgconn.ssl_in_use])
+
+        with fork(work) as (child,), Peak(database.count) as peak:
+            with pool.connection() as conn:
+                backend = pid_of(conn)
+                assert conn.pgconn.ssl_in_use
+            driver = pool._pool._driver
+            assert driver.residence(conn) is Residence.tls
+            child.tell("go")
+            other, encrypted = child.hear()
+            assert other != backend
+            assert encrypted
+        assert peak.most <= 1
+        pool.close()
+        plain = PsycopgDriver(f"{database.conninfo} sslmode=disable")
+        conn = plain.dial()
+        assert plain.residence(conn) is Residence.moves
+        plain.close(conn)
+        database.drop()
+
+
+# Storms.
+
+
+def storm_of(pool: ConnectionPool) -> Callable[[], Ask]:
+    """Each request: nothing foreign in sight, a marker of one's own, three statements in a transaction."""
+
+    def begin() -> Ask:
+        me = str(os.getpid())
+
+        def ask(nonce: str) -> None:
+            with pool.connection() as conn:
+                seen = one(conn, "select coalesce(current_setting('app.marker', true), '')")
+                assert seen in ("", me), f"a setting of process {seen}"
+                assert conn.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
+                conn.execute("select set_config('app.marker', %s, false)", (me,))
+                conn.execute("insert into done values (%s)", (nonce,))
+                assert one(conn, "select t from done where t = %s", nonce) == nonce
+
+        return ask
+
+    return begin
+
+
+@pytest.mark.storm
+@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
+def test_twelve_workers_on_four_sessions(make: Make, database: Database, request: pytest.FixtureRequest, killing: bool) -> None:
+    """Never more than four backends by the server's own count; at most six logins where nobody is killed; nothing foreign seen; what was committed is there."""
+    pool = make(max_size=4)
+    with pool.connection() as conn:
+        conn.execute("create table done (t text)")
+        conn.execute("create index on done (t)")
+    seconds = float(request.config.getoption("--storm-seconds"))
+    with Peak(database.count) as peak, Storm(storm_of(pool), 12) as storm:
+        storm.run(seconds, kill_every=0.1 if killing else None)
+        logins = database.logins()  # before the end, which kills those that are at work
+        storm.end()
+    rows, distinct = database.ask("select count(*)::int, count(distinct t)::int from done")[0]
+    print(f"\n{'killing' if killing else 'calm'}: {rows} transactions, {storm.kills} kills, {logins} logins, peak {peak.most} ({peak.samples} looks)")
+    print(pool._pool.get_stats()["closed"])
+    assert storm.failures == []
+    assert peak.most <= 4
+    assert rows == distinct
+    assert rows > 200 * seconds / 4
+    if not killing:
+        assert logins <= 6
