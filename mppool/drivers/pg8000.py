@@ -204,12 +204,19 @@ class Pg8000Driver(DriverBase):
     def transferred(self, session: CoreConnection) -> None:
         if self.on_transfer == "reset":
             self.reset(session)
-        session._statement_nums.clear()  # they were others' or are discarded: ours begin anew
-        session.autocommit = False
+        else:
+            self.forget(session)
 
     def reset(self, session: CoreConnection) -> None:
+        """Raises if a transaction is open."""
         session.execute_simple("DISCARD ALL")
+        self.forget(session)
+
+    def forget(self, session: CoreConnection) -> None:
+        """What this process knew of it: statements that are others' or discarded, notifications, pg8000's own setting."""
+        session._statement_nums.clear()
         session.notifications.clear()
+        session.autocommit = False
 
     def ping(self, session: CoreConnection) -> None:
         session.execute_simple("")
