@@ -340,6 +340,29 @@ def test_trust_leaves_the_session_as_it_was(postgres_site: Site) -> None:
     assert len(connects) == 1
 
 
+def test_always_leaves_nothing_for_anybody(postgres_site: Site) -> None:
+    """``pool_on_transfer="always"``: reset at every return, so that not even the next request in this process meets anything; "connect" each time."""
+    engine = postgres_site.engine(pool_on_transfer="always")
+    connects: list[Any] = []
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, record: Any) -> None:
+        connects.append(record)
+        cursor = connection.cursor()
+        cursor.execute("set app.listener = 'here'")
+        cursor.close()
+        connection.commit()
+
+    for _ in range(3):
+        with engine.connect() as connection:
+            seen = connection.execute(text("select coalesce(current_setting('app.mine', true), ''), current_setting('app.listener')")).one()
+            assert tuple(seen) == ("", "here")
+            connection.execute(text("set app.mine = 'left'"))
+            connection.commit()
+    assert len(connects) == 3
+    assert postgres_site.count() == 1
+
+
 class Base(DeclarativeBase):
     pass
 

@@ -24,9 +24,22 @@ def client_for(dialect: object) -> Client | None:
 
 
 def psycopg_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:
+    from psycopg import pq
+
     from mppool.drivers.psycopg import PsycopgDriver
 
-    return PsycopgDriver(*arguments, kwargs=dict(options), on_transfer=on_transfer)
+    class EngineDriver(PsycopgDriver):
+        def renewed(self, session: Any) -> Any:
+            """Another psycopg connection over the same libpq connection, in a tenth of the time of adopting; the older one is closed, as far as it knows."""
+            newer = self.cls(session.pgconn)
+            newer._mppool = session._mppool
+            self.equip(newer, self.stage_arguments()[1])
+            session.pgconn = ended
+            return newer
+
+    ended = pq.PGconn.connect_start(b"host=@mppool-nobody hostaddr='' port=1")
+    ended.finish()
+    return EngineDriver(*arguments, kwargs=dict(options), on_transfer=on_transfer)
 
 
 def pg8000_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:

@@ -139,7 +139,7 @@ class SessionDriver(DriverBase):
             driver = self.make(arguments, options, self.on_transfer)
             if self.client is not None and driver.key() != self.client[1].key():
                 raise DialFailed(f"a do_connect listener changed server, login or options: {driver.key()}, and the pool has {self.client[1].key()}")
-            self.client = dict(options), driver
+            self.client, self.tidies_always = (dict(options), driver), driver.tidies_always
         return self.client[1]
 
     def key(self) -> str:
@@ -213,12 +213,18 @@ class SessionDriver(DriverBase):
         session.client.transferred(session.connection)
 
     def renew(self, session: Session, record: Record) -> None:
+        """Another DBAPI connection over the same connection to the server, and another record. (A resident one stays the object it is.)"""
         client, older = session.client, session.connection
-        newer = client.attach(client.fileno(older), client.detach(older))
+        renewed = getattr(client, "renewed", None)  # clients may know a quicker way than to adopt
+        moves = client.residence(older) is Residence.moves
+        newer = client.attach(client.fileno(older), client.detach(older)) if renewed is None and moves else older
         self.gone(session)
+        if renewed is not None:
+            newer = renewed(older)
+        elif moves:
+            client.abort(older)
         session.connection, session.record, session.settled = newer, Record(self.owner, session), False
         self.known[id(newer)] = session
-        client.abort(older)
 
     def reset(self, session: Session) -> None:
         session.client.reset(session.connection)
