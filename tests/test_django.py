@@ -141,16 +141,30 @@ def test_nothing_travels_with_a_session(project: Project) -> None:
 
 
 def test_a_request_costs_no_query_of_its_own(project: Project) -> None:
-    """The time zone is set by the login: taking a session in a process that had it last sends nothing to the server."""
+    """The time zone is set by the login: a session that comes from another process costs its reset, one that was here last nothing."""
 
-    def work(connection: Any) -> str:
+    def use(connection: Any) -> None:
+        ask(connection, PID)
+
+    def take(connection: Any) -> list[str]:
+        connection.ensure_connection()
+        first = str(project.database.backends()[0]["query"])
         ask(connection, PID)
         for _ in range(3):
             connection.close()
             connection.ensure_connection()
-        return str(project.database.backends()[0]["query"])
+        return [first, str(project.database.backends()[0]["query"])]
 
-    assert project.run(work) == PID
+    project.run(use)
+    assert project.run(take) == ["DISCARD ALL", PID]
+
+
+def test_a_database_is_let_go_of_before_it_is_dropped(project: Project) -> None:
+    """``close_pool()``, which Django calls then: idle sessions end, also those that other processes have left."""
+    project.run(lambda connection: ask(connection, PID))
+    assert project.database.count() == 1
+    project.run(lambda connection: connection.close_pool())
+    eventually(lambda: project.database.count() == 0)
 
 
 def test_transactions(project: Project) -> None:

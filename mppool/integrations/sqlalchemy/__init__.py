@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("mppool.integrations.sqlalchemy needs SQLAlchemy: pip install mppool[sqlalchemy]") from error
 
+from mppool.integrations.sqlalchemy.aio import AsyncSharedPool
 from mppool.integrations.sqlalchemy.shared import SharedPool
 
-__all__ = ["SharedPool"]
+__all__ = ["AsyncSharedPool", "SharedPool"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -27,7 +27,7 @@ from mppool.states import Residence
 
 if TYPE_CHECKING:
     from mppool.integrations.sqlalchemy.shared import SharedPool
-    from mppool.pool import Pool
+    from mppool.shell import Shell
 
 __all__ = ["Record", "Session", "SessionDriver"]
 
@@ -68,7 +68,7 @@ class Session:
 
     __slots__ = ("client", "connection", "fresh", "login", "loose", "pid", "plain", "pool", "record", "settled", "terminate", "tidied")
 
-    def __init__(self, client: DriverBase, connection: Any, login: float, pool: Pool) -> None:
+    def __init__(self, client: DriverBase, connection: Any, login: float, pool: Any) -> None:
         self.client = client
         self.connection = connection
         self.login = login
@@ -102,7 +102,7 @@ class SessionDriver(DriverBase):
 
     def __init__(self, owner: SharedPool, known: dict[int, Session], client: Client | None, on_transfer: str) -> None:
         self.owner = owner  # the newest SharedPool of the engine
-        self.pool: Pool = None  # type: ignore[assignment]  # the one that lends what we dial; set as soon as it is made
+        self.pool: Shell = None  # type: ignore[assignment]  # the one that lends what we dial; set as soon as it is made
         self.known = known  # by id of the DBAPI connection
         self.make = client
         self.on_transfer = on_transfer
@@ -145,22 +145,26 @@ class SessionDriver(DriverBase):
     def key(self) -> str:
         return f"{self.client[1].key()}+sqlalchemy" if self.client is not None else f"dbapi/1/{self.digest}"
 
+    def connect(self, client: DriverBase, dbapi_connect: Callable[..., Any]) -> Any:
+        """In the place of ``dialect.connect``."""
+        return client.dial()
+
     # The seam.
 
-    def dial(self) -> Session:
+    def dial(self) -> Any:
         """Raises DialFailed, always permanent: SQLAlchemy's users expect to hear at once that the database cannot be reached."""
-        login = time.time()
-        session = Session(self.resident, None, login, self.pool)
-        record = session.record = Record(self.owner, session)
+        session, dial = self.beginning()
+        with said_at_once(), asking(dial):
+            connection = self.owner.create(session.record)  # type: ignore[arg-type]
+        return self.made(session, dial, connection)
+
+    def beginning(self) -> tuple[Session, Dial]:
+        session = Session(self.resident, None, time.time(), self.pool)
+        session.record = Record(self.owner, session)
         session.fresh = True
-        dial = Dial(self)
-        try:
-            with asking(dial):
-                connection = self.owner.create(record)
-        except DialFailed as error:
-            raise DialFailed(str(error), permanent=True) from error.__cause__
-        except Exception as error:
-            raise DialFailed(f"{type(error).__name__}: {error}", permanent=True) from error
+        return session, Dial(self)
+
+    def made(self, session: Session, dial: Dial, connection: Any) -> Session:
         if dial.client is not None and dial.connection is connection:
             session.client = dial.client
         session.connection = connection
@@ -180,14 +184,20 @@ class SessionDriver(DriverBase):
     def farewell(self, session: Session) -> bytes:
         return session.client.farewell(session.connection)
 
-    def attach(self, fd: int, baggage: bytes) -> Session:
+    def attach(self, fd: int, baggage: bytes) -> Any:
         [login] = LOGIN.unpack_from(baggage)
+        client = self.adopter()
+        return self.adopted(client, client.attach(fd, baggage[LOGIN.size :]), login)
+
+    def adopter(self) -> DriverBase:
         if self.client is None:
             raise Error("no client adopts such sessions here")
-        client = self.client[1]
-        session = Session(client, client.attach(fd, baggage[LOGIN.size :]), login, self.pool)
+        return self.client[1]
+
+    def adopted(self, client: DriverBase, connection: Any, login: float) -> Session:
+        session = Session(client, connection, login, self.pool)
         session.record = Record(self.owner, session)
-        self.known[id(session.connection)] = session
+        self.known[id(connection)] = session
         return session
 
     def is_clean(self, session: Session) -> bool:
@@ -198,21 +208,21 @@ class SessionDriver(DriverBase):
         tidied, session.tidied = session.tidied, False
         return tidied
 
-    def tidy(self, session: Session) -> None:
+    def tidy(self, session: Session) -> Any:
         """Whatever the client finds that SQLAlchemy has not put right, it may have to reset; then "connect" is for firing again."""
         session.client.tidy(session.connection)
         session.tidied = True
         if session.client is not self.resident and session.record is not None:
             self.renew(session, session.record)
 
-    def transferred(self, session: Session) -> None:
+    def transferred(self, session: Session) -> Any:
         """Reset by policy; and unless what the other process left is trusted, this one begins anew, with a new DBAPI connection."""
         record = session.record
         if self.on_transfer != "trust" and record is not None and record.dbapi_connection is not None:
             self.renew(session, record)
         session.client.transferred(session.connection)
 
-    def renew(self, session: Session, record: Record) -> None:
+    def renew(self, session: Session, record: Record) -> Any:
         """Another DBAPI connection over the same connection to the server, and another record. (A resident one stays the object it is.)"""
         client, older = session.client, session.connection
         renewed = getattr(client, "renewed", None)  # clients may know a quicker way than to adopt
@@ -226,13 +236,13 @@ class SessionDriver(DriverBase):
         session.connection, session.record, session.settled = newer, Record(self.owner, session), False
         self.known[id(newer)] = session
 
-    def reset(self, session: Session) -> None:
+    def reset(self, session: Session) -> Any:
         session.client.reset(session.connection)
 
-    def ping(self, session: Session) -> None:
+    def ping(self, session: Session) -> Any:
         session.client.ping(session.connection)
 
-    def close(self, session: Session) -> None:
+    def close(self, session: Session) -> Any:
         connection = session.at_hand()
         self.gone(session)
         if connection is None:
@@ -270,6 +280,17 @@ class SessionDriver(DriverBase):
             record.session = None
 
 
+@contextmanager
+def said_at_once() -> Iterator[None]:
+    """Whatever keeps us from connecting, as an error that ends the checkout."""
+    try:
+        yield
+    except DialFailed as error:
+        raise DialFailed(str(error), permanent=True) from error.__cause__
+    except Exception as error:
+        raise DialFailed(f"{type(error).__name__}: {error}", permanent=True) from error
+
+
 class Asked(BaseException):
     """Thrown through the creator: these are the arguments it would connect with."""
 
@@ -288,16 +309,16 @@ class Dial:
         self.connection: Any = None
 
 
-_dials = threading.local()
+_dial: ContextVar[Dial | None] = ContextVar("mppool_dial", default=None)  # of this thread, or of this task
 
 
 @contextmanager
 def asking(dial: Dial) -> Iterator[None]:
-    _dials.now = dial
+    token = _dial.set(dial)
     try:
         yield
     finally:
-        _dials.now = None
+        _dial.reset(token)
 
 
 def take_place_of_connect(dialect: Any) -> None:
@@ -307,7 +328,7 @@ def take_place_of_connect(dialect: Any) -> None:
     dbapi_connect = dialect.connect
 
     def connect(*arguments: Any, **options: Any) -> Any:
-        dial: Dial | None = getattr(_dials, "now", None)
+        dial = _dial.get()
         if dial is None:
             return dbapi_connect(*arguments, **options)
         if dial.driver is None:
@@ -315,7 +336,7 @@ def take_place_of_connect(dialect: Any) -> None:
         dial.client = dial.driver.use(arguments, options)
         if dial.client is None:
             return dbapi_connect(*arguments, **options)
-        dial.connection = dial.client.dial()
+        dial.connection = dial.driver.connect(dial.client, dbapi_connect)
         return dial.connection
 
     dialect.connect = connect

@@ -63,7 +63,9 @@ class SharedPool(Pool):
     """
 
     _is_asyncio = False
-    _shared: mppool.Pool | None = None
+    _pool_class: type[Any] = mppool.Pool
+    _driver_class: type[SessionDriver] = SessionDriver
+    _shared: Any = None  # of _pool_class, once it is used
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class SharedPool(Pool):
             self._detached(record, session)
             return
         try:
-            session.pool.putconn(session, discard=record._is_hard_or_soft_invalidated())
+            self._give(session, discard=record._is_hard_or_soft_invalidated())
         except Error:
             if session.pid == os.getpid():
                 raise
@@ -143,7 +145,7 @@ class SharedPool(Pool):
         if session.record is not None:
             session.record.session = None  # SQLAlchemy fires its events itself
             session.record = None
-        session.pool.putconn(session, discard=True)
+        self._give(session, discard=True)
 
     def end(self, connection: Any, *, terminate: bool) -> None:
         """Close a DBAPI connection that no client of ours made."""
@@ -165,16 +167,14 @@ class SharedPool(Pool):
         newer._known = self._known
         if self._shared is not None:
             newer._shared = self._shared
-            newer._shared._driver.owner = newer  # type: ignore[attr-defined]
+            newer._shared._driver.owner = newer
         return newer
 
     def dispose(self) -> None:
         """This process lets go of the pool; what is checked out is closed when it comes back. Nobody else there: idle sessions end, too."""
-        shared: mppool.Pool | None = vars(self).pop("_shared", None)
+        shared = vars(self).pop("_shared", None)
         if shared is not None and not shared.closed:
-            if is_alone(shared):
-                shared.drain()
-            shared.close()
+            self._let_go(shared, is_alone(shared))
         self.logger.info("Pool disposed. %s", self.status())
 
     def status(self) -> str:
@@ -209,7 +209,7 @@ class SharedPool(Pool):
         shared = self._shared
         if shared is None or shared._worker is None:
             return {"name": "", "max_size": self._options["max_size"], "size": 0, "idle": 0, "in_use": 0, "dialing": 0, "waiting": 0}
-        return shared.get_stats()
+        return shared.get_stats()  # type: ignore[no-any-return]
 
     def drain(self) -> None:
         """Replace the connections of all processes: idle ones end now, or when they are next met; checked out ones when they come back."""
@@ -219,7 +219,7 @@ class SharedPool(Pool):
         """Change the cap of all processes together."""
         self.shared().resize(max_size)
 
-    def shared(self) -> mppool.Pool:
+    def shared(self) -> Any:
         """The pool underneath, made at the first use: only then is it known where the engine connects to."""
         shared = self._shared
         return shared if shared is not None else self._make()
@@ -230,14 +230,27 @@ class SharedPool(Pool):
         """A session of this engine, not older than its last invalidation."""
         shared = self._shared or self._make()
         try:
-            session: Session = shared.getconn()
+            session = self._take(shared)
             while session.login < self._invalidate_time:
-                shared.putconn(session, discard=True)
-                session = shared.getconn()
+                self._give(session, discard=True)
+                session = self._take(shared)
             return session
         except Error as error:
             raised = self._translated(error)
         raise raised
+
+    # How it is lent and given back, which AsyncSharedPool does by awaiting.
+
+    def _take(self, shared: Any) -> Session:
+        return shared.getconn()  # type: ignore[no-any-return]
+
+    def _give(self, session: Session, *, discard: bool) -> None:
+        session.pool.putconn(session, discard=discard)
+
+    def _let_go(self, shared: Any, drain: bool) -> None:
+        if drain:
+            shared.drain()
+        shared.close()
 
     def _connection_of(self, record: ConnectionPoolEntry) -> Any:
         """What a record connects to, in place of the creator: its session's connection. If it has none any more, another session's."""
@@ -269,7 +282,7 @@ class SharedPool(Pool):
                 del known[key]
             if pid == os.getpid():
                 try:
-                    session.pool.putconn(session, discard=True)
+                    self._give(session, discard=True)
                 except Error:
                     pass  # the pool has ended
 
@@ -279,15 +292,14 @@ class SharedPool(Pool):
             return  # as sqlite3's: counted until it is closed
         session.connection = None
 
-    def _make(self) -> mppool.Pool:
+    def _make(self) -> Any:
         dialect, given = self._dialect, self._arguments["pool_name"]
-        driver = SessionDriver(self, self._known, client_for(dialect) if self._by_dialect else None, self._arguments["pool_on_transfer"])
+        driver = self._driver_class(self, self._known, client_for(dialect) if self._by_dialect else None, self._arguments["pool_on_transfer"])
         name = driver.learn(given) if self._by_dialect else given
         if name is None:
             raise exc.ArgumentError(UNNAMED)
-        made = driver.pool = mppool.Pool(driver=driver, name=name, **self._options)
-        shared: mppool.Pool = vars(self).setdefault("_shared", made)  # if another thread was faster, ours is forgotten: it has done nothing yet
-        return shared
+        made = driver.pool = self._pool_class(driver=driver, name=name, **self._options)
+        return vars(self).setdefault("_shared", made)  # if another thread was faster, ours is forgotten: it has done nothing yet
 
     def _translated(self, error: Error) -> BaseException:
         """What SQLAlchemy's users expect to be told."""
@@ -305,7 +317,7 @@ class SharedPool(Pool):
         return error
 
 
-def is_alone(shared: mppool.Pool) -> bool:
+def is_alone(shared: Any) -> bool:
     """Does no other living process use the pool?"""
     if shared._worker is None:
         return False
