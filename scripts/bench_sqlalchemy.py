@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -40,6 +41,10 @@ def timed(number: int, once: Callable[[], Any]) -> float:
     for _ in repeat(None, number):
         once()
     return (perf_counter_ns() - began) / number / 1000
+
+
+def connect(engine: Engine) -> None:
+    engine.connect().close()
 
 
 def select(engine: Engine) -> None:
@@ -123,11 +128,11 @@ def measure(rounds: int, number: int) -> dict[str, dict[str, float]]:
             for name in random.sample(list(made), len(made)):
                 engine, cases = made[name], found.setdefault(name, {})
                 if name.endswith("NullPool"):
-                    cases.setdefault("login", []).append(timed(max(1, number // 100), lambda engine=engine: engine.connect().close()))
+                    cases.setdefault("login", []).append(timed(max(1, number // 100), functools.partial(connect, engine)))
                     continue
                 select(engine)
-                cases.setdefault("idle here", []).append(timed(number, lambda engine=engine: engine.connect().close()))
-                cases.setdefault("select 1", []).append(timed(max(1, number // 10), lambda engine=engine: select(engine)))
+                cases.setdefault("idle here", []).append(timed(number, functools.partial(connect, engine)))
+                cases.setdefault("select 1", []).append(timed(max(1, number // 10), functools.partial(select, engine)))
                 if name in others:
                     cases.setdefault("foreign", []).extend(foreign(engine, others[name], max(1, number // 20)))
         gc.enable()

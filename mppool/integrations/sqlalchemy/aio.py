@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
-import mppool
+from mppool.aio import AsyncPool
 from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.integrations.sqlalchemy.sessions import LOGIN, Record, Session, SessionDriver, asking, said_at_once
 from mppool.integrations.sqlalchemy.shared import SharedPool
@@ -126,7 +126,7 @@ class AsyncSharedPool(SharedPool):
     """
 
     _is_asyncio = True
-    _pool_class = mppool.AsyncPool
+    _pool_class = AsyncPool
     _driver_class = AsyncSessionDriver
 
     def _take(self, shared: Any) -> Session:

@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import exc, util
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
-import mppool
 from mppool.errors import DialFailed, Error, PoolTimeout, TooManyWaiting
 from mppool.integrations.sqlalchemy.clients import client_for
 from mppool.integrations.sqlalchemy.sessions import Record, Session, SessionDriver
+from mppool.pool import Pool as HostPool
 
 __all__ = ["SharedPool"]
 
@@ -63,7 +63,7 @@ class SharedPool(Pool):
     """
 
     _is_asyncio = False
-    _pool_class: type[Any] = mppool.Pool
+    _pool_class: type[Any] = HostPool
     _driver_class: type[SessionDriver] = SessionDriver
     _shared: Any = None  # of _pool_class, once it is used
 

@@ -26,12 +26,12 @@ try:
 except ImportError as error:
     raise ImportError("mppool.integrations.django.postgresql needs Django and psycopg 3: pip install mppool[django]") from error
 
-import mppool
 from mppool.drivers.psycopg import PsycopgDriver
-from mppool.errors import DialFailed
+from mppool.errors import DialFailed, Error, PoolTimeout, TooManyWaiting
 from mppool.integrations.django.postgresql.creation import DatabaseCreation
 from mppool.integrations.names import digest, readable
 from mppool.options import Options
+from mppool.pool import Pool
 
 __all__ = ["DatabaseWrapper"]
 
@@ -54,9 +54,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
     connection: Any
     creation_class = DatabaseCreation
     pool = None  # Django's own; ours is _shared
-    _pools: ClassVar[dict[str, mppool.Pool]] = {}  # of this process, by name
-    _known: tuple[dict[str, Any], mppool.Pool] | None = None  # parameters, and the pool for them
-    _lender: mppool.Pool | None = None  # of the connection there is
+    _pools: ClassVar[dict[str, Pool]] = {}  # of this process, by name
+    _known: tuple[dict[str, Any], Pool] | None = None  # parameters, and the pool for them
+    _lender: Pool | None = None  # of the connection there is
 
     def get_connection_params(self) -> dict[str, Any]:
         params: dict[str, Any] = super().get_connection_params()
@@ -79,7 +79,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         lender = self._shared(conn_params)
         try:
             connection = lender.getconn()
-        except mppool.Error as error:
+        except Error as error:
             raise self._translated(error) from error
         self._lender = lender
         connection.isolation_level = None if level is None else self.isolation_level
@@ -94,7 +94,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         self.connection = None  # it is others' now, also where an atomic block is still open
         try:
             lender.putconn(connection)
-        except mppool.Error:
+        except Error:
             pass  # forked while it was lent: it is the parent's
 
     def close_pool(self) -> None:
@@ -111,14 +111,14 @@ class DatabaseWrapper(base.DatabaseWrapper):
     def ensure_timezone(self) -> bool:
         return self.connection is not None and bool(self._configure_timezone(self.connection))
 
-    def _shared(self, params: dict[str, Any]) -> mppool.Pool:
+    def _shared(self, params: dict[str, Any]) -> Pool:
         """This process's pool for these parameters, made at the first use."""
         known = self._known
         if known is None or known[0] != params or known[1].closed:
             known = self._known = params, self._make(params)
         return known[1]
 
-    def _make(self, params: dict[str, Any]) -> mppool.Pool:
+    def _make(self, params: dict[str, Any]) -> Pool:
         given = self._pool_options()
         on_transfer = given.pop("on_transfer", "reset")
         driver = SharedDriver(kwargs={**params, "autocommit": True}, on_transfer=on_transfer)
@@ -128,7 +128,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
             self._pools.pop(name, None)
             if self.settings_dict.get("CONN_HEALTH_CHECKS"):
                 given.setdefault("check", driver.ping)
-            pool = self._pools.setdefault(name, mppool.Pool(driver=driver, name=name, **{"reconnect_timeout": 0, **given}))
+            pool = self._pools.setdefault(name, Pool(driver=driver, name=name, **{"reconnect_timeout": 0, **given}))
         return pool
 
     def _pool_options(self) -> dict[str, Any]:
@@ -136,11 +136,11 @@ class DatabaseWrapper(base.DatabaseWrapper):
         own = options.get("pool")
         return {**(own if isinstance(own, dict) else {}), **{name: options[name] for name in OURS & options.keys()}}
 
-    def _translated(self, error: mppool.Error) -> BaseException:
+    def _translated(self, error: Error) -> BaseException:
         """What Django wraps in its own OperationalError."""
         cause = error.__cause__
         if isinstance(error, DialFailed) and isinstance(cause, base.Database.Error):
             return cause  # type: ignore[no-any-return]
-        if isinstance(error, (mppool.PoolTimeout, mppool.TooManyWaiting, DialFailed)):
+        if isinstance(error, (PoolTimeout, TooManyWaiting, DialFailed)):
             return base.Database.OperationalError(str(error))  # type: ignore[no-any-return]
         return error
