@@ -416,11 +416,11 @@ def asks(engine: Engine, who: Any) -> Callable[[], Ask]:
 
 @pytest.mark.storm
 def test_a_storm_of_workers(postgres_site: Site, request: pytest.FixtureRequest) -> None:
-    """Eight workers on three sessions, killed all the time: never a fourth backend, no setting of another worker, everybody served, the cap whole after."""
-    cap, seconds = 3, min(float(request.config.getoption("--storm-seconds")), 30.0) / 2
+    """Twelve workers on four sessions, killed all the time: never a fifth backend, no setting of another worker, everybody served, the cap whole after."""
+    cap, seconds = 4, min(float(request.config.getoption("--storm-seconds")), 30.0) / 2
     engine = postgres_site.engine(pool_size=cap, pool_timeout=20)
     database: Database = postgres_site.database  # type: ignore[attr-defined]
-    with Storm(asks(engine, postgres_site.who), 8) as storm, Peak(postgres_site.count) as peak:
+    with Storm(asks(engine, postgres_site.who), 12) as storm, Peak(postgres_site.count) as peak:
         storm.run(seconds, kill_every=0.15)
         storm.end()
     assert storm.failures == []
