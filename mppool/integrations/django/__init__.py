@@ -1,0 +1,1 @@
+"""Django database engines whose connections are shared by all worker processes."""

@@ -1,0 +1,1 @@
+"""``ENGINE = "mppool.integrations.django.postgresql"``: see base.py."""
