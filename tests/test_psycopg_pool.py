@@ -14,7 +14,6 @@ import pytest
 
 import mppool
 from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
-from mppool.table import H_WAITERS
 from tests.helpers.postgres import Database, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 
@@ -186,30 +185,6 @@ def test_max_waiting(make: Make) -> None:
             pool.getconn()
         assert isinstance(caught.value, psycopg_pool.TooManyRequests)
     waiter.join()
-
-
-def queued(pool: ConnectionPool) -> int:
-    """How many the broker has in its queue."""
-    return int(pool._pool._worker.table.halves[H_WAITERS])  # type: ignore[union-attr]
-
-
-def test_waiters_are_served_in_order(make: Make) -> None:
-    """First come, first served."""
-    pool = make()
-    order: list[int] = []
-
-    def wait(number: int) -> None:
-        with pool.connection():
-            order.append(number)
-
-    threads = [threading.Thread(target=wait, args=(number,)) for number in range(4)]
-    with pool.connection():
-        for waiting, thread in enumerate(threads, 1):
-            thread.start()
-            eventually(lambda waiting=waiting: pool.get_stats()["requests_waiting"] == waiting)  # type: ignore[misc]
-    for thread in threads:
-        thread.join()
-    assert order == [0, 1, 2, 3]
 
 
 def test_reset_is_called_at_each_return(make: Make) -> None:
