@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socketserver
 import ssl
 import threading
 import time
@@ -223,8 +224,61 @@ def test_what_may_be_half_an_answer_is_not_lent_on(memcached: Memcached, broker:
             assert client.get("a") == b"1"
 
 
+class Slow(socketserver.StreamRequestHandler):
+    """A memcached whose answer to ``get slow`` comes in two halves."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            if line == b"version\r\n":
+                self.wfile.write(b"VERSION 1\r\n")
+            elif line == b"get slow\r\n":
+                self.wfile.write(b"VALUE slow 0 1\r\n")
+                time.sleep(0.05)
+                self.wfile.write(b"x\r\nEND\r\n")
+            else:
+                self.wfile.write(b"VALUE a 0 1\r\n1\r\nEND\r\n")
+
+
+def test_the_second_half_of_an_answer_may_be_late(broker: BrokerProcess) -> None:
+    """Nothing is to be read yet when the connection is given back, and the rest comes while the next command waits for its own answer."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Slow) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with client_of(f"127.0.0.1:{server.server_address[1]}", broker, max_pool_size=1) as client:
+                for _ in range(3):
+                    assert client.raw_command("get slow") == b"VALUE slow 0 1"
+                    assert client.get("a") == b"1"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 class Interrupted(BaseException):
     pass
+
+
+def test_an_interrupted_client_that_is_given_back_is_closed(memcached: Memcached, broker: BrokerProcess) -> None:
+    """A pool's user who gives his client back whatever happened to it gives nobody a late answer: the driver knows that one is owed."""
+
+    class Interrupting(PickleSerde):  # type: ignore[misc]
+        def deserialize(self, key: Any, value: Any, flags: Any) -> Any:
+            raise Interrupted
+
+    pool = mppool.Pool(driver=PymemcacheDriver(memcached.server), name="given-back", max_size=1, broker=broker.path)
+    with contextlib.closing(pool):
+        client = pool.getconn()
+        client.set("a", "1", noreply=False)
+        client.set("b", "2", noreply=False)
+        serde, client.serde = client.serde, Interrupting()
+        try:
+            with pytest.raises(Interrupted):
+                client.get_many(["a", "b"])
+        finally:
+            client.serde = serde
+            pool.putconn(client)
+        assert pool.get_stats()["closed"] == {"reset_failed": 1}
 
 
 def test_an_interrupted_command_gives_nobody_its_answer(memcached: Memcached, broker: BrokerProcess) -> None:

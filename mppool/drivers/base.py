@@ -9,6 +9,11 @@ A driver derives from ``DriverBase`` and fills in what its protocol has: at the 
     dial ── lent ── is_clean? ── tidy ── idle ── transferred ── lent ── ... ── close
               │          in another process:  attach ── transferred ── lent ── ...
 
+Which of them is called when, at the least: ``is_clean`` at every return, and ``tidy`` only if that says no; ``transferred`` before a session
+is lent that was just attached, or that another process has had meanwhile; ``abort`` in forked children and when this process leaves.
+
+``mppool.testing.check_driver`` tries a driver with real processes; examples/own_protocol is a complete one.
+
 For ``AsyncPool`` a driver derives from ``AsyncDriverBase`` and may make coroutine functions of those that talk to the server:
 ``dial``, ``attach``, ``tidy``, ``transferred``, ``reset``, ``ping``, ``close``. The others never wait for anything.
 """
@@ -27,7 +32,9 @@ class DriverBase:
 
     Obligations. The connection of every attached session is non-blocking in the kernel at all times that nobody uses it:
     O_NONBLOCK belongs to the connection, not to the process. Baggage describes the login (at most 64 KiB); it may hold
-    secrets and is never logged. No method may say goodbye to the server except ``close``: others may have the session, too.
+    secrets and is never logged. No method may say goodbye to the server except ``close``: others may have the session, too. That goes for
+    what the client library does by itself, too, in ``__del__`` or at exit: take the socket out of its object before you let go of that.
+    With Python's sockets, non-blocking means any timeout but None: dialer.py has one that is as good.
     """
 
     name = ""
@@ -44,16 +51,20 @@ class DriverBase:
     def key(self) -> str:
         """Says which sessions are interchangeable: protocol and version of the baggage, then server, login, options. Pools of one name must agree on it.
 
-        It stands in shared memory and in messages: no secrets (a digest of them will do).
+        Begin it with ``f"{name}/{baggage_version}"``; of the whole at most 255 bytes are compared. It stands in shared memory and in messages:
+        no secrets (a digest of them will do).
         """
         raise NotImplementedError
 
     def dial(self) -> Any:
-        """Open a new session. Raises DialFailed (or any OSError); ``permanent`` in it ends the checkout at once."""
+        """Open a new session. Raises DialFailed (or any OSError); ``permanent`` in it ends the checkout at once.
+
+        If it raises, whatever it is, nothing is left open. Let nothing in it wait for ever: it holds a permit, and one of few rights to dial.
+        """
         raise NotImplementedError
 
     def fileno(self, session: Any) -> int:
-        """The descriptor to watch for unread bytes and the end, -1 if there is none."""
+        """The descriptor to watch for unread bytes and the end, -1 if there is none (any more). The pool makes a duplicate of its own."""
         raise NotImplementedError
 
     def residence(self, session: Any) -> Residence:
@@ -72,11 +83,17 @@ class DriverBase:
         return b""
 
     def attach(self, fd: int, baggage: bytes) -> Any:
-        """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it."""
+        """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it.
+
+        Says nothing to the server and waits for nothing; what needs a round trip belongs into ``transferred``. If it raises, the duplicate is closed.
+        """
         raise NotImplementedError
 
     def is_clean(self, session: Any) -> bool:
-        """May the next user have it, as it is? Only what this process can see without I/O; the pool itself looks at the socket."""
+        """May the next user have it, as it is? Only what this process can see without I/O; the pool itself looks at the socket.
+
+        False also for a session whose user was interrupted in the middle of a request: the answer that is still to come would be the next one's.
+        """
         return True
 
     def tidy(self, session: Any) -> Any:
@@ -89,17 +106,17 @@ class DriverBase:
         """
 
     def reset(self, session: Any) -> Any:
-        """Back to how it was after ``dial``; may do round trips; raises if it cannot."""
+        """Back to how it was after ``dial``; may do round trips; raises if it cannot. For ``transferred``, ``tidy`` and users to call; the pool does not."""
 
     def ping(self, session: Any) -> Any:
-        """One round trip; raises if the session is broken."""
+        """One round trip; raises if the session is broken. For users' ``check=`` to call; the pool does not."""
 
     def close(self, session: Any) -> Any:
         """End the session, politely if the protocol knows how. Never raises, never waits for long."""
         self.abort(session)
 
     def abort(self, session: Any) -> None:
-        """Let go of this process's descriptor without a word to the server: in a forked child, or when others go on. Never raises."""
+        """Let go of this process's descriptor without a word to the server: in a forked child, or when others go on. Never raises, nor does a second time."""
         raise NotImplementedError
 
     def forked(self) -> bool:
