@@ -1,0 +1,178 @@
+"""``ConnectionPool``, which blocks."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import psycopg
+
+from mppool import errors
+from mppool.drivers.psycopg import PsycopgDriver
+from mppool.integrations.psycopg.shared import IDLE, Shared, translated
+from mppool.pool import Pool
+
+__all__ = ["ConnectionPool"]
+
+log = logging.getLogger("mppool")
+
+
+class ConnectionPool(Shared):
+    """A drop-in for ``psycopg_pool.ConnectionPool`` whose connections all worker processes of the host share.
+
+    The arguments are psycopg_pool's; besides them ``on_transfer`` says what happens to a session that another process used:
+
+    "reset"    (the default) DISCARD ALL before it is lent here: nothing travels
+    "always"   DISCARD ALL at every return: nothing is left, not even for the same process
+    "trust"    nothing: settings, temporary tables, advisory locks, LISTEN of other workers may be met. Only where a user changed what clients read
+               by (client_encoding, TimeZone, DateStyle, IntervalStyle, standard_conforming_strings) is it reset, at its return
+
+    and ``broker autostart max_dialing max_lease close_timeout`` are those of ``mppool.Pool``.
+
+    What differs from psycopg_pool:
+
+    - ``min_size`` and ``max_size`` are for all workers together; the cap is strict; there are no background workers (``num_workers`` has no meaning).
+    - A pool opens at its first use, in each process anew; made before a fork it works in every child. ``open=True`` opens at once.
+    - A server that refuses for good (wrong password, no such database) raises ConnectFailed at once, not PoolTimeout after ``timeout``.
+    - ``configure`` is called in each process, when it first has a session, and after each DISCARD ALL: what it sets is always set.
+    - Prepared statements are off unless ``kwargs`` says ``prepare_threshold``. They are safe: DISCARD ALL drops what other processes prepared
+      (under "trust" that costs a DEALLOCATE ALL), and they are forgotten here; a process that keeps its session keeps its statements.
+    - Connections over TLS stay with their process (``sslmode=disable``, or a Unix socket, lets them move). They count in the cap.
+    - ``conn.close()`` after the connection was returned does nothing; before, it ends the session.
+    - ``min_size`` is dialed when the pool is opened, and not refilled in the background.
+
+    Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed: all are psycopg.OperationalError, too.
+    """
+
+    _pool: Pool
+
+    __module__ = "mppool.integrations.psycopg"
+
+    _connection_class = psycopg.Connection
+    _driver_class = PsycopgDriver
+    _pool_class = Pool
+
+    def _begin(self) -> None:
+        self.open()
+
+    # Connections.
+
+    def connection(self, timeout: float | None = None) -> _Lease:
+        """``with pool.connection() as conn:`` commits at the end of the block, or rolls back after an exception, and returns the connection."""
+        return _Lease(self, timeout)
+
+    def getconn(self, timeout: float | None = None) -> Any:
+        """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
+        try:
+            conn = self._pool.getconn(timeout)
+        except errors.Error as error:
+            self._failed(error)
+            raise translated(error) from error.__cause__
+        if conn._pool is not self:
+            conn._pool = self
+        return conn
+
+    def putconn(self, conn: Any) -> None:
+        """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
+        try:
+            self._pool.putconn(conn, discard=self._judged(conn))
+        except errors.Error as error:
+            if self.lends(conn):
+                raise
+            raise self._not_ours(conn) from error
+
+    def check(self) -> None:
+        """Ask each idle connection if it still works; those that do not are closed."""
+        lent: list[Any] = []
+        try:
+            for _ in range(self._pool.get_stats()["idle"]):
+                lent.append(self._pool.getconn(timeout=0))  # noqa: PERF401 (what was lent before a failure is returned)
+        except errors.PoolTimeout:
+            pass  # others were faster
+        finally:
+            for conn in lent:
+                try:
+                    self.check_connection(conn)
+                except psycopg.Error as error:
+                    log.warning("connection %s is lost: %s", conn, error)
+                    self._pool.putconn(conn, discard=True)
+                else:
+                    self._pool.putconn(conn)
+
+    @staticmethod
+    def check_connection(conn: Any) -> None:
+        """One round trip; for ``check=``, too. Raises OperationalError if the connection does not work."""
+        if conn.autocommit:
+            conn.execute("")
+        else:
+            conn.autocommit = True
+            try:
+                conn.execute("")
+            finally:
+                conn.autocommit = False
+
+    # The pool.
+
+    def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+        """Take part in the pool, and connect until ``min_size`` connections are there. ``wait``: PoolTimeout if they are not within ``timeout`` seconds."""
+        try:
+            self._pool.open(wait, timeout)
+        except errors.Error as error:
+            raise translated(error) from error.__cause__
+
+    def wait(self, timeout: float = 30.0) -> None:
+        """Wait until ``min_size`` connections are there. Raises PoolTimeout."""
+        self.open(wait=True, timeout=timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """This process uses the pool no more. Connections live on for others, what is still lent after its return. ``timeout`` has no meaning."""
+        self._pool.close()
+
+    def resize(self, min_size: int, max_size: int | None = None) -> None:
+        """Change both sizes, for all workers, at once."""
+        self._pool.resize(max_size if max_size is not None else min_size, min_size=min_size)
+
+    def drain(self) -> None:
+        """Replace all connections, of all workers: idle ones are closed at once or when they are next met, lent ones after their return."""
+        self._pool.drain()
+
+    def __enter__(self) -> ConnectionPool:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _failed(self, error: errors.Error) -> None:
+        if isinstance(error, errors.DialFailed) and not error.permanent and self._reconnect_failed is not None:
+            self._reconnect_failed(self)
+
+
+class _Lease:
+    """A connection for a ``with`` block."""
+
+    __slots__ = ("_conn", "_pool", "_timeout")
+
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+
+    def __enter__(self) -> Any:
+        self._conn = self._pool.getconn(self._timeout)
+        return self._conn
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        conn, pool = self._conn, self._pool
+        if kind is None and conn.pgconn.transaction_status == IDLE and conn._pipeline is None:  # nothing to commit
+            try:
+                pool._pool.putconn(conn)
+            except errors.Error:
+                if pool.lends(conn):
+                    raise
+            return  # (else it was returned in the block)
+        try:
+            conn.__exit__(kind, error, trace)  # which commits, or rolls back
+        finally:
+            if pool.lends(conn):
+                pool.putconn(conn)
