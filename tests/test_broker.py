@@ -235,7 +235,8 @@ def test_old_and_dead_idle_sessions_are_closed_by_the_broker(server: Judge, brok
         pool.putconn(pool.getconn())
         eventually(lambda: pool.get_stats()["closed"] == {"too_old": 1})
     with mppool.Pool(server.address, max_size=2, name="q", broker=broker.path) as pool:
-        pool.putconn(pool.getconn())
+        with pool.connection() as sock:
+            ask(sock, "x")  # the server has it
         server.close_all()
         eventually(lambda: pool.get_stats()["closed"] == {"peer_closed": 1})
 

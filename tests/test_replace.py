@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 
 import mppool
 from mppool.broker import serve
+from mppool.inspect import find_pool
 from mppool.keeper import keeper_path
 from mppool.kernel import link
 from mppool.launch import ALREADY_RUNNING
@@ -51,7 +53,7 @@ def pid_serving(path: str) -> int:
 
 
 def brokers_of(path: str) -> list[psutil.Process]:
-    return [process for process in processes_of(path) if "broker" in process.cmdline()]
+    return [process for process in processes_of(path) if "broker" in process.info["cmdline"]]  # as it was then: it may be a zombie by now
 
 
 def leave_sessions(pool: mppool.Pool, count: int) -> None:
@@ -374,6 +376,10 @@ def test_stray_descriptors_are_closed(server: Judge, broker: BrokerProcess) -> N
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
     use(pool, 1)
     keeper = eventually(lambda: keeper_of(broker.path))
+    found = find_pool(broker.path, "p")
+    assert found is not None
+    with contextlib.closing(found.lock):
+        eventually(lambda: found.table.words[found.table.shared_flag], what="broker and keeper have the session")
     process = psutil.Process(broker.pid)
     before = process.num_fds(), keeper.num_fds()
     for path in (broker.path, keeper_path(broker.path)):
