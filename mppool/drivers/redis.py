@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import iscoroutinefunction
 from typing import Any
 
@@ -38,30 +38,37 @@ __all__ = ["AsyncRedisDriver", "RedisDriver"]
 
 PATIENCE = 0.5  # seconds to wait for the server's end of a connection before another takes its place
 
-# What a command leaves in the server's session until some other command: a transaction, watched keys, anything else for good.
-MULTI, WATCH, OTHER = 1, 2, 4
+# What a command leaves in the server's session until some other command: a transaction, watched keys, what RESET undoes,
+# and what nothing does (RESET keeps NO-EVICT in Redis 7.0).
+MULTI, WATCH, OTHER, SPOILT = 1, 2, 4, 8
 LEAVES = {
     "MULTI": MULTI,
     "WATCH": WATCH,
-    **dict.fromkeys(("SELECT", "AUTH", "HELLO", "RESET", "CLIENT", "MONITOR", "READONLY", "READWRITE", "ASKING", "SYNC", "PSYNC", "REPLCONF", "QUIT"), OTHER),
+    **dict.fromkeys(("SELECT", "AUTH", "HELLO", "RESET", "CLIENT", "READONLY", "READWRITE", "ASKING"), OTHER),
     **dict.fromkeys(("SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "UNSUBSCRIBE", "PUNSUBSCRIBE", "SUNSUBSCRIBE"), OTHER),
+    **dict.fromkeys(("MONITOR", "SYNC", "PSYNC", "REPLCONF", "QUIT"), SPOILT),
+    **dict.fromkeys(("ID", "INFO", "LIST", "GETNAME", "KILL", "UNBLOCK", "PAUSE", "UNPAUSE", "GETREDIR", "TRACKINGINFO", "HELP"), 0),  # CLIENT ...
+    **dict.fromkeys(("NO-EVICT", "NO-TOUCH", "REPLY"), SPOILT),  # likewise
 }
 ENDS = {"EXEC": MULTI | WATCH, "DISCARD": MULTI | WATCH, "UNWATCH": WATCH}
-HARMLESS = ("ID", "INFO", "LIST", "GETNAME", "KILL", "UNBLOCK", "PAUSE", "UNPAUSE", "GETREDIR", "TRACKINGINFO", "HELP", "SETINFO")  # CLIENT ...
 
 _marks: dict[Any, tuple[int, int]] = {}  # by a command's name as redis-py gives it: what it leaves, and all but what it ends
 
 
-def mark(name: Any) -> tuple[int, int]:
-    """What a command leaves behind, and what it does not end, by its name, which may be of two words."""
-    words = (name if isinstance(name, str) else bytes(name).decode("latin-1")).upper().split() or [""]
-    if words[0] == "CLIENT" and len(words) > 1 and words[1] in HARMLESS:
-        found = 0, -1
-    else:
-        found = LEAVES.get(words[0], 0), ~ENDS.get(words[0], 0)
+def mark(command: Sequence[Any]) -> tuple[int, int]:
+    """What a command leaves behind, and what it does not end. Its name may be of two words."""
+    name = command[0]
+    words = text_of(name).split() or [""]
+    if words == ["CLIENT"]:
+        return LEAVES.get(text_of(command[1]), OTHER) if len(command) > 1 else OTHER, -1
+    found = LEAVES.get(words[1], OTHER) if words[0] == "CLIENT" else LEAVES.get(words[0], 0), ~ENDS.get(words[0], 0)
     if len(_marks) < 4096 and isinstance(name, (str, bytes)):
         _marks[name] = found
     return found
+
+
+def text_of(word: Any) -> str:
+    return (bytes(word).decode("latin-1") if isinstance(word, (bytes, bytearray, memoryview)) else str(word)).upper()
 
 
 class Counting:
@@ -70,27 +77,31 @@ class Counting:
     own: Any = None  # its socket, or writer, as it was dialed or attached; None before
     owed = 0  # commands without a reply, as far as they went through here
     leaves = 0  # see above
+    _should_reconnect: bool
     gone = False  # returned and closed, or left behind by a fork
     _old: socket.socket | None = None  # of the connection before, its sending side shut down
 
-    def note(self, name: Any) -> None:
+    def note(self, command: Sequence[Any]) -> None:
         self.owed += 1
         try:
-            left, kept = _marks[name]
+            left, kept = _marks[command[0]]
         except (KeyError, TypeError):
-            left, kept = mark(name)
+            left, kept = mark(command)
         self.leaves = (self.leaves | left) & kept
 
     def pack_commands(self, commands: Any) -> Any:
         commands = list(commands)
         for command in commands:
-            self.note(command[0])
+            self.note(command)
         return super().pack_commands(commands)  # type: ignore[misc]
 
     def settled(self, own: Any) -> None:
         """As dialed: nothing is owed, nothing is left."""
         self.own = own
         self.owed = self.leaves = 0
+
+    def can_be_reset(self) -> bool:
+        return not (self.owed or self.leaves & SPOILT or self._should_reconnect)
 
     def check_not_gone(self) -> None:
         if self.gone:
@@ -109,7 +120,7 @@ class Pooled(Counting):
     pid: int
 
     def send_command(self, *args: Any, **kwargs: Any) -> None:
-        self.note(args[0])
+        self.note(args)
         super().send_command(*args, **kwargs)  # type: ignore[misc]
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +160,7 @@ class AsyncPooled(Counting):
     _writer: Any
 
     async def send_command(self, *args: Any, **kwargs: Any) -> None:
-        self.note(args[0])
+        self.note(args)
         await super().send_command(*args, **kwargs)  # type: ignore[misc]
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +284,7 @@ def is_resp3(session: Any) -> bool:
     return str(session.protocol) == "3"
 
 
-def greeted(session: Any, commands: list[tuple[Any, ...]], replies: list[Any]) -> None:
+def greeted(session: Any, replies: list[Any]) -> None:
     """The login's replies have come; what redis-py keeps of a connection is as after a login."""
     if is_resp3(session):
         session.handshake_metadata = replies[1]
@@ -358,10 +369,9 @@ class RedisDriver(_Common, DriverBase):
         return not (session.owed or session.leaves) and session._sock is session.own and not session._should_reconnect and not has_read_ahead(session._parser)
 
     def tidy(self, session: Any) -> None:
-        """What the user left in the server's session is undone by a reset. Raises if more than that is wrong."""
-        if session.owed or session._sock is not session.own or session.should_reconnect() or has_read_ahead(session._parser):
-            raise redis.ConnectionError("replies are missing, or the connection is another one by now")
-        self.reset(session)
+        """What the user left in the server's session is undone by a reset. What else is wrong stays so: the session is closed."""
+        if session.can_be_reset() and session._sock is session.own and not has_read_ahead(session._parser):
+            self.reset(session)
 
     def transferred(self, session: Any) -> None:
         self.reset(session)
@@ -373,7 +383,7 @@ class RedisDriver(_Common, DriverBase):
         session.send_packed_command(session.pack_commands(commands), check_health=False)
         replies = [session.read_response() for _ in commands]
         if own is None:
-            greeted(session, commands, replies)
+            greeted(session, replies)
         else:
             own(session)
         if session._sock is not session.own:
@@ -461,9 +471,8 @@ class AsyncRedisDriver(_Common, AsyncDriverBase):
             writer.transport.resume_reading()
 
     async def tidy(self, session: Any) -> None:
-        if session.owed or session._writer is not session.own or session.should_reconnect() or has_parsed_part(session._parser):
-            raise redis.ConnectionError("replies are missing, or the connection is another one by now")
-        await self.reset(session)
+        if session.can_be_reset() and session._writer is session.own and not has_parsed_part(session._parser):
+            await self.reset(session)
 
     async def transferred(self, session: Any) -> None:
         await self.reset(session)
@@ -474,7 +483,7 @@ class AsyncRedisDriver(_Common, AsyncDriverBase):
         await session.send_packed_command(session.pack_commands(commands), check_health=False)
         replies = [await session.read_response() for _ in commands]
         if own is None:
-            greeted(session, commands, replies)
+            greeted(session, replies)
         elif iscoroutinefunction(own):
             await own(session)
         else:

@@ -14,11 +14,14 @@ import os
 import time
 from typing import Any
 
-import mppool
-from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching  # first: it says what is missing
+try:
+    import redis
+except ImportError as error:
+    raise ImportError("mppool.integrations.redis needs redis-py: pip install mppool[redis]") from error
 
-import redis  # isort: skip
-from mppool.drivers.redis import RedisDriver  # isort: skip
+import mppool
+from mppool.drivers.redis import RedisDriver
+from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
 
 __all__ = ["BlockingConnectionPool", "ConnectionPool"]
 
@@ -31,8 +34,6 @@ class ConnectionPool(redis.ConnectionPool):
     (the default) undoes what another process left in a session, with RESET (Redis 6.2) and the login in one round trip, "trust"
     does nothing. ``broker``, ``autostart``, ``max_idle``, ``max_lifetime`` and the others are ``mppool.Pool``'s.
     """
-
-    blocks = False
 
     def __init__(self, connection_class: Any = redis.Connection, max_connections: int | None = None, **kwargs: Any) -> None:
         kwargs, ours = split(kwargs)
@@ -115,7 +116,7 @@ class ConnectionPool(redis.ConnectionPool):
     def make_connection(self) -> Any:
         raise NotImplementedError("mppool makes connections: use get_connection()")
 
-    def owns_connection(self, connection: Any) -> bool:  # type: ignore[override]
+    def owns_connection(self, connection: Any) -> bool:
         return bool(connection.pid == os.getpid())
 
     def set_retry(self, retry: Any) -> None:
@@ -145,8 +146,6 @@ class BlockingConnectionPool(ConnectionPool):
 
     After ``timeout`` seconds (default 20, None: for ever) ConnectionError is raised. ``queue_class`` is accepted and not needed.
     """
-
-    blocks = True
 
     def __init__(
         self,

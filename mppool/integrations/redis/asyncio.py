@@ -13,11 +13,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import mppool
-from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching  # first: it says what is missing
+import redis.asyncio
 
-import redis.asyncio  # isort: skip
-from mppool.drivers.redis import AsyncRedisDriver  # isort: skip
+import mppool
+from mppool.drivers.redis import AsyncRedisDriver
+from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
 
 __all__ = ["BlockingConnectionPool", "ConnectionPool"]
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-try:
-    import redis
-except ImportError as error:
-    raise ImportError("mppool.integrations.redis needs redis-py: pip install mppool[redis]") from error
+import redis
 
 import mppool
 from mppool.options import Options, default_name
