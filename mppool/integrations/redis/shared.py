@@ -9,7 +9,7 @@ import redis
 
 import mppool
 from mppool.options import Options, default_name
-from mppool.states import State
+from mppool.snapshot import snapshot
 
 __all__ = ["MaxConnectionsError", "is_full", "name_of", "split", "translated", "without_caching"]
 
@@ -60,8 +60,8 @@ def is_full(pool: Any) -> bool:
     worker = pool._worker
     if worker is None:
         return False
-    states = worker.table.states()
-    return worker.permits.held() >= pool.options.max_size and not any(state in (State.IDLE, State.CLOSING) for state in states)
+    stats = snapshot(worker.table)
+    return bool(stats["in_use"] + stats["dialing"] >= stats["max_size"])
 
 
 def translated(error: mppool.Error, full: redis.ConnectionError) -> Exception:
