@@ -40,7 +40,20 @@ pytestmark = [
 def site(server: Server, path: str, home: Path) -> Iterator[int]:
     """``mppool run -- uvicorn ...`` as an operator would start it: its port. Ended by SIGTERM, with exit code 0."""
     port = free_port()
-    uvicorn = [sys.executable, "-m", "uvicorn", "--app-dir", str(EXAMPLE), "--workers", str(WORKERS), "--port", str(port), "--log-level", "warning", "app:app"]
+    uvicorn = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--app-dir",
+        str(EXAMPLE),
+        "--workers",
+        str(WORKERS),
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        "asgi_app:app",
+    ]
     environment = {**os.environ, "REDIS_URL": server.url, "REDIS_CONNECTIONS": str(CAP)}
     log = home / "uvicorn.log"
     with log.open("wb") as file:

@@ -87,7 +87,12 @@ def answering(client: Any) -> Callable[[Child], None]:
 
 # The ordinary API, on one connection for two processes.
 
-PARSERS = {"hiredis": {}, "resp2": {"protocol": 2, "parser_class": _RESP2Parser}, "resp3": {"protocol": 3, "parser_class": _RESP3Parser}, "hiredis2": {"protocol": 2}}
+PARSERS = {
+    "hiredis": {},
+    "resp2": {"protocol": 2, "parser_class": _RESP2Parser},
+    "resp3": {"protocol": 3, "parser_class": _RESP3Parser},
+    "hiredis2": {"protocol": 2},
+}
 
 
 @pytest.mark.parametrize("options", PARSERS.values(), ids=PARSERS)
@@ -528,7 +533,22 @@ def test_no_timeout_is_no_blocking_socket(redis_: Server, make: Make) -> None:
 def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> None:
     """rediss://: sessions stay with their process; the cap is the host's all the same, and who waits gets another's idle place."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
     subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
     from tests.helpers.daemons import free_port
 
@@ -554,12 +574,11 @@ def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> N
 def test_the_driver_alone(redis_: Server, broker: BrokerProcess) -> None:
     """mppool.Pool with RedisDriver: ping, reset, and DialFailed with redis-py's error as its cause."""
     driver = RedisDriver(port=redis_.port, password=PASSWORD)
-    with mppool.Pool(driver=driver, name="alone", max_size=1, broker=broker.path, check=driver.ping) as pool:
-        with pool.connection() as connection:
-            connection.send_command("SELECT", 3)
-            connection.read_response()
-            driver.reset(connection)
-            assert connection.leaves == 0
+    with mppool.Pool(driver=driver, name="alone", max_size=1, broker=broker.path, check=driver.ping) as pool, pool.connection() as connection:
+        connection.send_command("SELECT", 3)
+        connection.read_response()
+        driver.reset(connection)
+        assert connection.leaves == 0
     wrong = mppool.Pool(driver=RedisDriver(port=redis_.port, password="wrong"), name="wrong", broker=broker.path)
     with pytest.raises(mppool.DialFailed) as caught:
         wrong.getconn()
@@ -614,7 +633,9 @@ def test_twelve_workers_never_exceed_a_small_cap(redis_: Server, make: Make, req
             storm.run(seconds, kill_every=0.25)
             storm.end()
         stats = pool.mppool.get_stats()
-        print(f"\nkills {storm.kills}, peak {peak.most} of {peak.samples} looks, connections {redis_.made() - made}, requests {storm.requests}, {stats['closed']}")
+        print(
+            f"\nkills {storm.kills}, peak {peak.most} of {peak.samples} looks, connections {redis_.made() - made}, requests {storm.requests}, {stats['closed']}"
+        )
         assert storm.failures == []
         assert peak.most <= cap
         assert redis_.made() - made <= cap + storm.kills + storm.workers  # a connection whose holder is killed ends with him; at the end all are

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import redis.asyncio
 from redis._parsers import _AsyncRESP2Parser, _AsyncRESP3Parser
-from redis.backoff import NoBackoff
 from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 import mppool
 from mppool.drivers.redis import AsyncRedisDriver
@@ -343,12 +343,12 @@ def test_the_driver_alone(run: Run, redis_: Server, broker: BrokerProcess) -> No
     driver = AsyncRedisDriver(port=redis_.port, password=PASSWORD)
 
     async def main() -> None:
-        async with mppool.AsyncPool(driver=driver, name="alone", max_size=1, broker=broker.path, check=driver.ping) as pool:
-            async with pool.connection() as connection:
-                await connection.send_command("SELECT", 3)
-                await connection.read_response()
-                await driver.reset(connection)
-                assert connection.leaves == 0
+        pool = mppool.AsyncPool(driver=driver, name="alone", max_size=1, broker=broker.path, check=driver.ping)
+        async with pool, pool.connection() as connection:
+            await connection.send_command("SELECT", 3)
+            await connection.read_response()
+            await driver.reset(connection)
+            assert connection.leaves == 0
         wrong = mppool.AsyncPool(driver=AsyncRedisDriver(port=redis_.port, password="wrong"), name="wrong", broker=broker.path)
         with pytest.raises(mppool.DialFailed) as caught:
             await wrong.getconn()

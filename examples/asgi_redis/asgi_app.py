@@ -2,7 +2,7 @@
 
 From the repository, with a Redis on 127.0.0.1:6379, one command starts the broker, uvicorn and its workers:
 
-    mppool run -- uvicorn --app-dir examples/asgi_redis --workers 4 app:app
+    mppool run -- uvicorn --app-dir examples/asgi_redis --workers 4 asgi_app:app
 
 and then, in another terminal:
 
