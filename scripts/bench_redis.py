@@ -82,7 +82,7 @@ def fresh(url: str) -> Callable[[], None]:
     pool = redis.ConnectionPool.from_url(url)
 
     def connect() -> None:
-        connection = pool.make_connection()
+        connection: Any = pool.make_connection()
         pool._created_connections = 0
         connection.connect()
         connection.disconnect()
@@ -120,8 +120,8 @@ def measures(stack: ExitStack) -> dict[str, Measure]:
         stack.callback(loop.close)
         stack.callback(loop.run_until_complete, own.aclose())
         stack.callback(loop.run_until_complete, shared.aclose())
-    for pool in (theirs, *ours.values()):
-        stack.callback(pool.close)
+    for mine in (theirs, *ours.values()):
+        stack.callback(mine.close)
     stack.callback(adoption.driver.close, adoption.lender)
     return found
 

@@ -99,7 +99,7 @@ PARSERS = {
 def test_the_ordinary_api_works_from_two_processes_in_turn(redis_: Server, make: Make, options: dict[str, Any]) -> None:
     """Commands, pipelines, transactions, scripts, blocking commands and scans, each after another process used the connection."""
     pool = make(decode_responses=True, client_name="mine", **options)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     made = redis_.made()
     with fork(answering(client)) as (child,):
         turns = 0
@@ -122,7 +122,7 @@ def test_the_ordinary_api_works_from_two_processes_in_turn(redis_: Server, make:
         turn()
         assert client.pipeline().incr("b").get("b").execute() == [3, "3"]
         turn()
-        assert client.transaction(lambda pipe: pipe.multi() or pipe.incr("b"), "b") == [4]
+        assert client.transaction(lambda pipe: [pipe.multi(), pipe.incr("b")], "b") == [4]
         turn()
         double = client.register_script("return redis.call('incrby', KEYS[1], ARGV[1])")
         assert double(keys=["b"], args=[4]) == 8
@@ -148,7 +148,7 @@ def test_a_url_says_where_and_who(redis_: Server, make: Make, kind: str) -> None
     """Host or path, password, database, client name and mppool's options in the query; sessions move over Unix sockets, too."""
     where = redis_.url if kind == "tcp" else f"unix://:{PASSWORD}@{redis_.socket}"
     pool = make(url=f"{where}?db=3&client_name=me&max_idle=60&on_transfer=trust")
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     assert pool.mppool.options.max_idle == 60
     assert not pool._driver.minds_transfer
     with fork(answering(client)) as (child,):
@@ -189,7 +189,7 @@ def test_what_a_user_leaves_does_not_travel(redis_: Server, make: Make, on_trans
     """A database, a name, a transaction, another login: the next process finds the session as after a login. With "trust": what went through redis-py."""
     redis_.judge.acl_setuser("guest", enabled=True, passwords=["+guest"], keys=["*"], commands=["+@all"])
     pool = make(on_transfer="trust" if on_transfer == "trust" else "reset", client_name="mine", db=2)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     fresh = state_of(client)
 
     def work(child: Child) -> None:
@@ -222,7 +222,7 @@ def test_what_a_user_leaves_does_not_travel(redis_: Server, make: Make, on_trans
 def test_the_reset_is_one_round_trip(redis_: Server, make: Make) -> None:
     """What a session costs that comes from another process: RESET, login, name and database in one write."""
     pool = make(client_name="mine", db=2)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     client.ping()
     writes: list[Any] = []
 
@@ -233,7 +233,12 @@ def test_the_reset_is_one_round_trip(redis_: Server, make: Make) -> None:
         child.tell()
         child.hear()
         send = type(connection).send_packed_command
-        type(connection).send_packed_command = lambda self, command, **options: writes.append(command) or send(self, command, **options)
+
+        def counted(self: Any, command: Any, **options: Any) -> None:
+            writes.append(command)
+            send(self, command, **options)
+
+        type(connection).send_packed_command = counted
         pool.release(pool.get_connection())
         return [len(written) for written in writes]
 
@@ -245,6 +250,12 @@ def test_the_reset_is_one_round_trip(redis_: Server, make: Make) -> None:
         assert child.result() == [1]
 
 
+def read_ahead(connection: Any) -> None:
+    connection._sock.sendall(b"PING\r\nPING\r\n")
+    time.sleep(0.05)
+    connection._parser.read_response()
+
+
 DIRTY: dict[str, Callable[[Any], object]] = {
     "no reply read": lambda connection: connection.send_command("GET", "a"),
     "one reply too few": lambda connection: (connection.send_packed_command(connection.pack_commands([("GET", "a")] * 2)), connection.read_response()),
@@ -252,7 +263,7 @@ DIRTY: dict[str, Callable[[Any], object]] = {
     "disconnected": lambda connection: connection.disconnect(),
     "reconnected": lambda connection: (connection.disconnect(), connection.connect()),
     "to reconnect": lambda connection: connection.mark_for_reconnect(),
-    "read ahead": lambda connection: (connection._sock.sendall(b"PING\r\nPING\r\n"), time.sleep(0.05), connection._parser.read_response()),
+    "read ahead": read_ahead,
 }
 
 
@@ -260,7 +271,7 @@ DIRTY: dict[str, Callable[[Any], object]] = {
 def test_what_is_in_no_state_for_others_is_not_lent_on(redis_: Server, make: Make, options: dict[str, Any]) -> None:
     """Replies that nobody has read, another connection than before: it is closed or reset, and the next user gets his own reply."""
     pool = make(**options)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     client.set("a", "old")
     for what, spoil in DIRTY.items():
         connection = pool.get_connection()
@@ -274,7 +285,7 @@ def test_what_is_in_no_state_for_others_is_not_lent_on(redis_: Server, make: Mak
 def test_pubsub_has_its_connection_for_itself(redis_: Server, make: Make, protocol: int) -> None:
     """While subscribed it is in use, and the others have what is left; closed, its place is free again, and nobody hears its messages."""
     pool = make(max_connections=2, protocol=protocol)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     with client.pubsub(ignore_subscribe_messages=True) as pubsub, fork(answering(client)) as (child,):
         pubsub.subscribe("c")
         pubsub.psubscribe("p*")
@@ -299,7 +310,7 @@ def test_pubsub_of_many_workers_stays_within_the_cap(redis_: Server, make: Make)
     pool = make(max_connections=3, timeout=30)
 
     def work(child: Child) -> None:
-        client = redis.Redis(connection_pool=pool)
+        client: Any = redis.Redis(connection_pool=pool)
         for n in range(15):
             with client.pubsub() as pubsub:
                 pubsub.subscribe(f"{os.getpid()}-{n}")
@@ -314,7 +325,7 @@ def test_pubsub_of_many_workers_stays_within_the_cap(redis_: Server, make: Make)
 def test_a_pubsub_thread_and_monitor(redis_: Server, make: Make) -> None:
     """run_in_thread, and MONITOR: both give their place back."""
     pool = make(max_connections=2)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     heard = threading.Event()
     pubsub = client.pubsub()
     pubsub.subscribe(c=lambda message: heard.set())
@@ -413,7 +424,7 @@ def test_the_servers_errors_come_through(redis_: Server, make: Make) -> None:
 def test_commands_survive_the_servers_end_of_a_connection(redis_: Server, make: Make) -> None:
     """An idle connection that the server closes is replaced; one that ends in mid-command is retried as its Retry says, under the same permit."""
     pool = make(retry=Retry(NoBackoff(), 3), retry_on_error=[redis.ConnectionError])
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     client.ping()
     redis_.judge.client_kill_filter(_type="normal", skipme=True)
     assert client.ping()
@@ -433,7 +444,7 @@ def test_commands_survive_the_servers_end_of_a_connection(redis_: Server, make: 
 def test_health_checks_and_single_connections(redis_: Server, make: Make) -> None:
     """health_check_interval pings before a command; a single_connection_client keeps its connection until it is closed."""
     pool = make(health_check_interval=1, max_connections=2)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     client.ping()
     connection = pool.get_connection()
     connection.next_health_check = 0.001
@@ -457,7 +468,7 @@ def test_health_checks_and_single_connections(redis_: Server, make: Make) -> Non
 def test_a_closed_pool_begins_anew(redis_: Server, make: Make) -> None:
     """disconnect(), close(), reset() and Redis.from_pool's close: this process lets go, and the next command connects again; what was lent comes back."""
     pool = make(max_connections=2)
-    client = redis.Redis.from_pool(pool)
+    client: Any = redis.Redis.from_pool(pool)
     for end in (pool.disconnect, pool.close, pool.reset, client.close):
         assert client.ping()
         lent = pool.get_connection()
@@ -494,7 +505,7 @@ def test_the_rest_of_a_pools_interface(redis_: Server, make: Make) -> None:
 def test_other_logins_have_other_pools(redis_: Server, make: Make) -> None:
     """Another database, password, user, name or protocol: not the same sessions. Decoding and timeouts are everybody's own."""
     base = make()
-    others = [{"db": 1}, {"client_name": "x"}, {"protocol": 2}, {"username": "default"}, {"url": redis_.url.replace(PASSWORD, "other")}]
+    others: list[dict[str, Any]] = [{"db": 1}, {"client_name": "x"}, {"protocol": 2}, {"username": "default"}, {"url": redis_.url.replace(PASSWORD, "other")}]
     assert len({base.mppool.name, *(make(**options).mppool.name for options in others)}) == len(others) + 1
     assert make(decode_responses=True, socket_timeout=1).mppool.name == base.mppool.name
 
@@ -502,7 +513,7 @@ def test_other_logins_have_other_pools(redis_: Server, make: Make) -> None:
 def test_a_fork_leaves_the_parents_connections_alone(redis_: Server, make: Make) -> None:
     """A child uses the pool; a connection that was lent before the fork is no use to it, whatever it does, and the parent goes on with it."""
     pool = make(max_connections=2)
-    client = redis.Redis(connection_pool=pool)
+    client: Any = redis.Redis(connection_pool=pool)
     connection = pool.get_connection()
 
     def work(child: Child) -> int:
@@ -558,7 +569,7 @@ def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> N
         pool = BlockingConnectionPool.from_url(
             f"rediss://:{PASSWORD}@127.0.0.1:{port}/0", ssl_ca_certs=str(certificate), max_connections=1, timeout=10, broker=broker.path
         )
-        client = redis.Redis(connection_pool=pool)
+        client: Any = redis.Redis(connection_pool=pool)
         with fork(answering(client)) as (child,):
             with Peak(server.count) as peak:
                 for n in range(5):
@@ -593,7 +604,7 @@ def test_the_driver_alone(redis_: Server, broker: BrokerProcess) -> None:
 
 def asks(make_pool: Callable[[], Any]) -> Callable[[], Ask]:
     def begin() -> Ask:
-        client = redis.Redis(connection_pool=make_pool())
+        client: Any = redis.Redis(connection_pool=make_pool())
         script = client.register_script("return ARGV[1]")
 
         def one(nonce: str) -> None:
@@ -651,7 +662,7 @@ def test_workers_share_a_few_connections_for_good(redis_: Server, make: Make) ->
     pool = make(max_connections=cap, timeout=20)
 
     def work(child: Child) -> int:
-        client = redis.Redis(connection_pool=pool)
+        client: Any = redis.Redis(connection_pool=pool)
         for n in range(150):
             nonce = f"{os.getpid()}-{n}".encode()
             assert client.echo(nonce) == nonce

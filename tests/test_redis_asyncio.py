@@ -208,7 +208,8 @@ def test_pubsub_limits_and_errors(run: Run, redis_: Server, make: Maker) -> None
         await full.release(connection)
         await full.aclose()
         for kind, options in ((redis.AuthenticationError, {"password": "wrong"}), (redis.ResponseError, {"db": 99}), (redis.ConnectionError, {"port": 1})):
-            wrong = ConnectionPool(**{"port": redis_.port, "password": PASSWORD, "broker": make.broker.path, **options})
+            given: dict[str, Any] = {"port": redis_.port, "password": PASSWORD, "broker": make.broker.path, **options}
+            wrong = ConnectionPool(**given)
             with pytest.raises(kind):
                 await wrong.get_connection()
             await wrong.aclose()

@@ -73,7 +73,8 @@ async def by_redis(word: str, seconds: float) -> str:
     """A command that takes so long, and one that says the word: each on whichever connection is free."""
     if seconds:
         await client.blpop("nothing", timeout=seconds)
-    return (await client.echo(word)).decode()  # type: ignore[no-any-return]
+    said = await client.echo(word)
+    return said.decode() if isinstance(said, bytes) else said
 
 
 async def by_socket(word: str, seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,6 @@ class Server:
     def made(self) -> int:
         """Connections that were ever opened."""
         return int(self.judge.info("stats")["total_connections_received"])
-
-    def stall(self, seconds: float) -> None:
-        """From another connection, which does not wait: the server answers nobody for so long."""
-        other = redis.Redis(port=self.port, password=PASSWORD, socket_timeout=0.01)
-        with contextlib.suppress(redis.TimeoutError):
-            other.execute_command("DEBUG", "SLEEP", seconds)
-        other.close()
-        time.sleep(0)
 
 
 @contextlib.contextmanager
