@@ -20,7 +20,8 @@ import mppool
 from mppool.drivers.redis import RedisDriver
 from mppool.integrations.redis import BlockingConnectionPool, ConnectionPool
 from mppool.states import Residence
-from tests.helpers.daemons import needs
+from mppool.testing import check_driver
+from tests.helpers.daemons import free_port, needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.redis import PASSWORD, Server, redis_server
 from tests.helpers.storm import Ask, Peak, Storm
@@ -561,8 +562,6 @@ def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> N
         "/CN=localhost",
     ]
     subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    from tests.helpers.daemons import free_port
-
     port = free_port()
     options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with redis_server(tmp_path, *options) as server:
@@ -597,6 +596,23 @@ def test_the_driver_alone(redis_: Server, broker: BrokerProcess) -> None:
     wrong.close()
     with pytest.raises(ValueError, match="on_transfer"):
         RedisDriver(on_transfer="hope")
+
+
+def test_the_driver_keeps_its_promises(redis_: Server) -> None:
+    """What mppool.testing asks of any driver, with a database, a transaction and a missing reply as the dirt."""
+
+    def say(session: Any, *command: Any) -> Any:
+        session.send_command(*command)
+        return session.read_response()
+
+    check_driver(
+        RedisDriver(port=redis_.port, password=PASSWORD, decode_responses=True),
+        identity=lambda session: str(say(session, "CLIENT ID")),
+        ask=lambda session, nonce: say(session, "ECHO", nonce),
+        look=lambda session: repr([word for word in say(session, "CLIENT INFO").split() if word.partition("=")[0] in SHOWN]),
+        dirty=[lambda session: say(session, "SELECT", 3), lambda session: say(session, "MULTI"), lambda session: session.send_command("GET", "a")],
+        secrets=[PASSWORD],
+    )
 
 
 # The must-show: many workers on a small cap.

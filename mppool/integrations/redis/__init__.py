@@ -19,9 +19,10 @@ try:
 except ImportError as error:
     raise ImportError("mppool.integrations.redis needs redis-py: pip install mppool[redis]") from error
 
-import mppool
+from mppool import errors
 from mppool.drivers.redis import RedisDriver
 from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
+from mppool.pool import Pool
 
 __all__ = ["BlockingConnectionPool", "ConnectionPool"]
 
@@ -45,9 +46,9 @@ class ConnectionPool(redis.ConnectionPool):
         on_transfer = ours.pop("on_transfer", "reset")
         driver = RedisDriver(self.connection_class, on_transfer, **self.connection_kwargs)
         ours.setdefault("name", name_of(driver))
-        self._make = lambda: mppool.Pool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
+        self._make = lambda: Pool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
         self._driver = driver
-        self._former: list[mppool.Pool] = []
+        self._former: list[Pool] = []
         self.mppool = self._make()
         self._getconn, self._putconn = self.mppool.getconn, self.mppool.putconn
 
@@ -57,16 +58,16 @@ class ConnectionPool(redis.ConnectionPool):
         """A connection that is logged in; ``release`` gives it back. Raises redis-py's errors."""
         try:
             return self._getconn()
-        except mppool.Error as error:
+        except errors.Error as error:
             return self._get_unusual(error)
 
-    def _get_unusual(self, error: mppool.Error) -> Any:
+    def _get_unusual(self, error: errors.Error) -> Any:
         """Nothing was to be had at once. All in use: that is an error; but what is just being made or closed is worth waiting for."""
         until = time.monotonic() + PATIENCE
-        while isinstance(error, mppool.PoolTimeout) and error.__cause__ is None and not is_full(self.mppool) and time.monotonic() < until:
+        while isinstance(error, errors.PoolTimeout) and error.__cause__ is None and not is_full(self.mppool) and time.monotonic() < until:
             try:
                 return self.mppool.getconn(timeout=0.02)
-            except mppool.Error as another:
+            except errors.Error as another:
                 error = another
         raise translated(error, MaxConnectionsError("Too many connections")) from error
 
@@ -74,16 +75,16 @@ class ConnectionPool(redis.ConnectionPool):
         """Give a connection back. One that is in no state for others is reset or closed. One that is not lent is left alone."""
         try:
             self._putconn(connection)
-        except mppool.Error as error:
+        except errors.Error as error:
             self._release_unusual(connection, error)
 
-    def _release_unusual(self, connection: Any, error: mppool.Error) -> None:
-        if type(error) is not mppool.Error:
+    def _release_unusual(self, connection: Any, error: errors.Error) -> None:
+        if type(error) is not errors.Error:
             raise error
         for pool in list(self._former):
             try:
                 pool.putconn(connection)
-            except mppool.Error:
+            except errors.Error:
                 continue
             self._former = [former for former in self._former if former._leaving is not None]
             return
@@ -161,5 +162,5 @@ class BlockingConnectionPool(ConnectionPool):
     def _begin(self, ours: dict[str, Any], timeout: float = 0.0) -> None:
         super()._begin(ours, 1e9 if self.timeout is None else self.timeout)
 
-    def _get_unusual(self, error: mppool.Error) -> Any:
+    def _get_unusual(self, error: errors.Error) -> Any:
         raise translated(error, redis.ConnectionError("No connection available.")) from error

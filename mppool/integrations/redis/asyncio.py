@@ -15,7 +15,8 @@ from typing import Any
 
 import redis.asyncio
 
-import mppool
+from mppool import errors
+from mppool.aio import AsyncPool
 from mppool.drivers.redis import AsyncRedisDriver
 from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
 
@@ -39,9 +40,9 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
         on_transfer = ours.pop("on_transfer", "reset")
         driver = AsyncRedisDriver(self.connection_class, on_transfer, **self.connection_kwargs)
         ours.setdefault("name", name_of(driver))
-        self._make = lambda: mppool.AsyncPool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
+        self._make = lambda: AsyncPool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
         self._driver = driver
-        self._former: list[mppool.AsyncPool] = []
+        self._former: list[AsyncPool] = []
         self.mppool = self._make()
 
     # What the clients call.
@@ -50,15 +51,15 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
         """A connection that is logged in; ``release`` gives it back. Raises redis-py's errors."""
         try:
             return await self.mppool.getconn()
-        except mppool.Error as error:
+        except errors.Error as error:
             return await self._get_unusual(error)
 
-    async def _get_unusual(self, error: mppool.Error) -> Any:
+    async def _get_unusual(self, error: errors.Error) -> Any:
         until = time.monotonic() + PATIENCE
-        while isinstance(error, mppool.PoolTimeout) and error.__cause__ is None and not is_full(self.mppool) and time.monotonic() < until:
+        while isinstance(error, errors.PoolTimeout) and error.__cause__ is None and not is_full(self.mppool) and time.monotonic() < until:
             try:
                 return await self.mppool.getconn(timeout=0.02)
-            except mppool.Error as another:
+            except errors.Error as another:
                 error = another
         raise translated(error, MaxConnectionsError("Too many connections")) from error
 
@@ -66,16 +67,16 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
         """Give a connection back. One that is in no state for others is reset or closed. KeyError if it is not lent."""
         try:
             await self.mppool.putconn(connection)
-        except mppool.Error as error:
+        except errors.Error as error:
             await self._release_unusual(connection, error)
 
-    async def _release_unusual(self, connection: Any, error: mppool.Error) -> None:
-        if type(error) is not mppool.Error:
+    async def _release_unusual(self, connection: Any, error: errors.Error) -> None:
+        if type(error) is not errors.Error:
             raise error
         for pool in list(self._former):
             try:
                 await pool.putconn(connection)
-            except mppool.Error:
+            except errors.Error:
                 continue
             self._former = [former for former in self._former if former._leaving is not None]
             return
@@ -153,5 +154,5 @@ class BlockingConnectionPool(ConnectionPool):
     def _begin(self, ours: dict[str, Any], timeout: float = 0.0) -> None:
         super()._begin(ours, 1e9 if self.timeout is None else self.timeout)
 
-    async def _get_unusual(self, error: mppool.Error) -> Any:
+    async def _get_unusual(self, error: errors.Error) -> Any:
         raise translated(error, redis.ConnectionError("No connection available.")) from error

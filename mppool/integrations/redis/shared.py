@@ -7,7 +7,7 @@ from typing import Any
 
 import redis
 
-import mppool
+from mppool import errors
 from mppool.options import Options, default_name
 from mppool.snapshot import snapshot
 
@@ -64,12 +64,12 @@ def is_full(pool: Any) -> bool:
     return bool(stats["in_use"] + stats["dialing"] >= stats["max_size"])
 
 
-def translated(error: mppool.Error, full: redis.ConnectionError) -> Exception:
+def translated(error: errors.Error, full: redis.ConnectionError) -> Exception:
     """What redis-py's users expect: its own error if the server is to blame, ``full`` if all connections are in use."""
-    cause = error if isinstance(error, mppool.DialFailed) else error.__cause__
-    if isinstance(cause, mppool.DialFailed):
+    cause = error if isinstance(error, errors.DialFailed) else error.__cause__
+    if isinstance(cause, errors.DialFailed):
         theirs = cause.__cause__
         return theirs if isinstance(theirs, redis.RedisError) else redis.ConnectionError(str(cause))
-    if isinstance(error, (mppool.PoolTimeout, mppool.TooManyWaiting)):
+    if isinstance(error, (errors.PoolTimeout, errors.TooManyWaiting)):
         return full
     return redis.ConnectionError(str(error))
