@@ -205,6 +205,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
                 worker.lines.append(line)
                 break
             worker.tidy()
+            yield from settle_abandoned(hands)
             if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
                 if struck is None and not worker.words[lane.at]:

@@ -341,3 +341,28 @@ def test_a_block_whose_coroutine_is_dropped_holds_nothing(server: Judge, socket_
                 assert await ask(sock, "next") == 2
 
     asyncio.run(main())
+
+
+def test_cancelled_waiters_keep_nothing_from_those_who_wait_on(run: Any, server: Judge, broker: BrokerProcess) -> None:
+    """Many tasks on three sessions, half of them cancelled at some turn of the loop: what the broker had just granted to those goes on to the others."""
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with mppool.AsyncPool(server.address, max_size=3, broker=broker.path) as pool:
+
+            async def one(n: int) -> None:
+                async with pool.connection(timeout=5) as conn:
+                    await ask(conn, f"n{n}")
+
+            async def cancel(task: asyncio.Task[None], turns: int) -> None:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+
+            for first in range(0, 1200, 6):
+                tasks = [asyncio.ensure_future(one(n)) for n in range(first, first + 6)]
+                cancels = [cancel(task, chance.randrange(40)) for task in tasks if chance.random() < 0.6]
+                outcomes = await asyncio.gather(*tasks, *cancels, return_exceptions=True)
+                assert {type(outcome) for outcome in outcomes} <= {type(None), asyncio.CancelledError}
+
+    run(main())

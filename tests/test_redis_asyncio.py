@@ -1,0 +1,369 @@
+"""redis.asyncio against a real Redis: the same as in test_redis.py, in event loops, and commands that are cancelled half-way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+import redis.asyncio
+from redis._parsers import _AsyncRESP2Parser, _AsyncRESP3Parser
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+import mppool
+from mppool.drivers.redis import AsyncRedisDriver
+from mppool.integrations.redis import BlockingConnectionPool as SyncPool
+from mppool.integrations.redis.asyncio import BlockingConnectionPool, ConnectionPool
+from tests.helpers.daemons import needs
+from tests.helpers.processes import BrokerProcess, Child, eventually, fork
+from tests.helpers.redis import PASSWORD, Server, redis_server
+from tests.helpers.storm import Ask, Peak, Storm
+from tests.test_aio import on_asyncio, on_uvloop, run  # noqa: F401 (a fixture)
+
+pytestmark = needs("redis-server")
+
+Run = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def server_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as it:
+        yield it
+
+
+@pytest.fixture
+def redis_(server_of_module: Server) -> Iterator[Server]:
+    server_of_module.judge.flushall()
+    eventually(lambda: not server_of_module.count(), what="the server has clients")
+    yield server_of_module
+    eventually(lambda: not server_of_module.count(), what="the server has clients left")
+
+
+class Maker:
+    """Pools of one connection, unless the test says otherwise."""
+
+    def __init__(self, server: Server, broker: BrokerProcess) -> None:
+        self.server = server
+        self.broker = broker
+
+    def __call__(self, **options: Any) -> Any:
+        return BlockingConnectionPool.from_url(self.server.url, **{"max_connections": 1, "timeout": 10, "broker": self.broker.path, **options})
+
+    @contextlib.asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[Any]:
+        pool = self(**options)
+        try:
+            yield redis.asyncio.Redis(connection_pool=pool)
+        finally:
+            await pool.aclose()
+
+
+@pytest.fixture
+def make(redis_: Server, broker: BrokerProcess) -> Maker:
+    return Maker(redis_, broker)
+
+
+PARSERS = {"hiredis": {}, "resp2": {"protocol": 2, "parser_class": _AsyncRESP2Parser}, "resp3": {"protocol": 3, "parser_class": _AsyncRESP3Parser}}
+
+
+@pytest.mark.parametrize("options", PARSERS.values(), ids=PARSERS)
+def test_the_ordinary_api_works_beside_a_plain_process(run: Run, redis_: Server, make: Maker, options: dict[str, Any]) -> None:  # noqa: F811
+    """Commands, pipelines, transactions, scripts, blocking commands, in turn with redis.Redis in another process: one connection for both."""
+    sync = SyncPool.from_url(redis_.url, max_connections=1, broker=make.broker.path, client_name="mine", protocol=options.get("protocol"))
+
+    def work(child: Child) -> None:
+        client = redis.Redis(connection_pool=sync)
+        while child.hear():
+            child.tell(client.incr("turns"))
+        sync.close()
+
+    async def main(child: Child) -> None:
+        async with make.client(decode_responses=True, client_name="mine", **{"protocol": None, **options}) as client:
+            turns = 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                child.tell(True)
+                assert child.hear() == turns
+
+            assert await client.set("a", "é")
+            turn()
+            assert await client.get("a") == "é"
+            turn()
+            assert await client.pipeline(transaction=False).set("b", 1).incr("b").execute() == [True, 2]
+            turn()
+            async with client.pipeline() as pipe:
+                await pipe.watch("b")
+                pipe.multi()
+                pipe.incr("b")
+                assert await pipe.execute() == [3]
+            turn()
+            double = client.register_script("return redis.call('incrby', KEYS[1], ARGV[1])")
+            assert await double(keys=["b"], args=[4]) == 7
+            turn()
+            await client.rpush("list", "x")
+            assert list(await client.blpop("list", timeout=1)) == ["list", "x"]
+            turn()
+            assert sorted([key async for key in client.scan_iter("*")]) == ["a", "b", "turns"]
+            with pytest.raises(redis.ResponseError):
+                await client.incr("a")
+            turn()
+            info = await client.client_info()
+            assert (info["name"], info["resp"]) == ("mine", str(options.get("protocol", 3)))
+            child.tell(False)
+
+    made = redis_.made()
+    with fork(work) as (child,):
+        run(main(child))
+        child.result()
+    assert redis_.made() == made + 1
+
+
+def test_what_is_in_no_state_for_others_is_not_lent_on(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """Unread replies, a database, a transaction, subscriptions, another connection: closed or reset, and the next user gets his own."""
+
+    async def say(connection: Any, *commands: tuple[Any, ...]) -> None:
+        for command in commands:
+            await connection.send_command(*command)
+            await connection.read_response()
+
+    async def reconnected(connection: Any) -> None:
+        await connection.disconnect()
+        await connection.connect()
+
+    async def two_for_one(connection: Any) -> None:
+        await connection.send_packed_command(connection.pack_commands([("GET", "a")] * 2))
+        await connection.read_response()
+
+    spoils: list[Callable[[Any], Any]] = [
+        lambda connection: connection.send_command("GET", "a"),
+        two_for_one,
+        lambda connection: say(connection, ("SELECT", 5)),
+        lambda connection: say(connection, ("MULTI",), ("GET", "a")),
+        lambda connection: say(connection, ("CLIENT SETNAME", "x")),
+        lambda connection: connection.send_command("SUBSCRIBE", "c"),
+        lambda connection: connection.disconnect(),
+        reconnected,
+    ]
+
+    async def main() -> None:
+        async with make.client() as client:
+            pool = client.connection_pool
+            for n, spoil in enumerate(spoils):
+                connection = await pool.get_connection()
+                await spoil(connection)
+                await pool.release(connection)
+                assert await client.echo(f"n{n}") == f"n{n}".encode()
+                info = await client.client_info()
+                assert (info["db"], info["multi"], info["name"], info["sub"]) == (0, -1, "", 0)
+                assert redis_.count() == 1
+            with pytest.raises(KeyError):
+                await pool.release(connection)
+
+    run(main())
+
+
+def test_pubsub_limits_and_errors(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """Pub/sub has its connection for itself; full pools raise or wait; the server's errors are redis-py's own; a retried command reconnects."""
+
+    async def main() -> None:
+        async with make.client(max_connections=2, timeout=0.2, retry=Retry(NoBackoff(), 3), retry_on_error=[redis.ConnectionError]) as client:
+            pool = client.connection_pool
+            async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                await pubsub.subscribe("c")
+                await client.publish("c", "x")
+                async with asyncio.timeout(5) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
+                    assert (await pubsub.get_message(timeout=5) or await pubsub.get_message(timeout=5))["data"] == b"x"
+                assert pool.mppool.get_stats()["in_use"] == 1
+                connection = await pool.get_connection()
+                with pytest.raises(redis.ConnectionError, match="No connection available"):
+                    await pool.get_connection()
+                await pool.release(connection)
+            assert pool.mppool.get_stats()["in_use"] == 0
+            with Peak(redis_.count) as peak:
+                for _ in range(10):
+                    connection = await pool.get_connection()
+                    redis_.judge.client_kill_filter(_type="normal", skipme=True)
+                    await connection.disconnect()
+                    await connection.connect()
+                    await pool.release(connection)
+                    assert await client.ping()
+            assert peak.most <= 2
+            await pool.disconnect()
+            assert await client.ping()
+            async with client.client() as single:
+                assert await single.client_id() == await single.client_id()
+        full = ConnectionPool.from_url(redis_.url, max_connections=1, name="full", broker=make.broker.path)
+        connection = await full.get_connection()
+        assert not full.can_get_connection()
+        with pytest.raises(redis.exceptions.MaxConnectionsError):
+            await full.get_connection()
+        await full.disconnect()
+        await full.release(connection)
+        await full.aclose()
+        for kind, options in ((redis.AuthenticationError, {"password": "wrong"}), (redis.ResponseError, {"db": 99}), (redis.ConnectionError, {"port": 1})):
+            given: dict[str, Any] = {"port": redis_.port, "password": PASSWORD, "broker": make.broker.path, **options}
+            wrong = ConnectionPool(**given)
+            with pytest.raises(kind):
+                await wrong.get_connection()
+            await wrong.aclose()
+
+    run(main())
+
+
+# Cancelled commands. In redis-py 4.5 a task that was cancelled between sending a command and reading its reply left the
+# reply for the next user of the connection, who got somebody else's data.
+
+
+class Leaky(redis.asyncio.Connection):
+    """As redis-py was: it does not disconnect when a command is interrupted."""
+
+    async def disconnect(self, nowait: bool = False, *args: Any, **kwargs: Any) -> None:
+        if not nowait:
+            await super().disconnect(nowait, *args, **kwargs)
+
+
+async def cancelled_all_the_time(client: Any, tasks: int, seed: int = 0) -> Counter[str]:
+    """So many tasks, each cancelled after some turns of the loop or not; what became of them. A reply to another is "crossed"."""
+    chance = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+
+    async def one(nonce: str) -> None:
+        kind = chance.randrange(4)
+        try:
+            if kind == 0:
+                replies = await client.pipeline(transaction=False).echo(nonce).echo(nonce).execute()
+            elif kind == 1:
+                replies = (await client.pipeline().set(nonce, nonce, ex=9).get(nonce).execute())[1:]
+            else:
+                replies = [await client.echo(nonce)]
+        except asyncio.CancelledError:
+            outcomes["cancelled"] += 1
+            raise
+        except Exception as error:
+            outcomes[type(error).__name__] += 1
+            return
+        outcomes["answered" if all(reply == nonce.encode() for reply in replies) else "crossed"] += 1
+
+    async def canceller(task: asyncio.Task[None], turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+
+    for first in range(0, tasks, 6):
+        running = [asyncio.ensure_future(one(f"n{n}")) for n in range(first, first + 6)]
+        cancellers = [canceller(task, chance.randrange(22)) for task in running if chance.random() < 0.8]
+        await asyncio.gather(*running, *cancellers, return_exceptions=True)
+    return outcomes
+
+
+def test_a_cancelled_command_never_poisons_a_session(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """Thousands of commands and pipelines, most cancelled at some await: nobody gets somebody else's reply, and nothing is lost of the cap."""
+
+    async def main() -> None:
+        with Peak(redis_.count) as peak:
+            async with make.client(max_connections=3, timeout=20) as client:
+                outcomes = await cancelled_all_the_time(client, 2400)
+                stats = client.connection_pool.mppool.get_stats()
+                print(f"\n{dict(outcomes)}, dials {stats['dials']}")
+                assert outcomes["crossed"] == 0
+                assert set(outcomes) == {"cancelled", "answered"}
+                assert outcomes["cancelled"] > 200
+                assert outcomes["answered"] > 200
+                assert stats["in_use"] == 0
+                lent = [await client.connection_pool.get_connection() for _ in range(3)]
+                for connection in lent:
+                    await client.connection_pool.release(connection)
+        assert peak.most <= 3
+
+    run(main())
+
+
+def test_not_even_with_a_redis_py_that_leaks(redis_: Server, make: Maker) -> None:
+    """With connections that do not disconnect when they are interrupted: redis-py's own pool hands replies to others, this one closes what owes some."""
+
+    async def main() -> None:
+        own = redis.asyncio.BlockingConnectionPool.from_url(redis_.url, max_connections=3, connection_class=Leaky)
+        crossed = 0
+        for seed in range(20):
+            crossed += (await cancelled_all_the_time(redis.asyncio.Redis(connection_pool=own), 300, seed))["crossed"]
+            if crossed:
+                break
+        assert crossed  # else what follows would prove nothing
+        for connection in own._available_connections:
+            await redis.asyncio.Connection.disconnect(connection)
+        async with make.client(max_connections=3, connection_class=Leaky) as client:
+            outcomes = await cancelled_all_the_time(client, 1200)
+            assert outcomes["crossed"] == 0
+            assert outcomes["cancelled"] > 100
+            for n in range(30):  # and a reply that comes when somebody else has asked already, which no look at the socket can foresee
+                blocked = asyncio.ensure_future(client.blpop("nothing", timeout=0.03))
+                await asyncio.sleep(0.005)
+                blocked.cancel()
+                await asyncio.wait((blocked,))
+                assert await client.echo(f"n{n}") == f"n{n}".encode()
+
+    on_asyncio(main())
+
+
+@pytest.mark.storm
+def test_twelve_workers_with_loops_stay_within_the_cap(redis_: Server, make: Maker, request: pytest.FixtureRequest) -> None:
+    """Twelve workers with event loops, killed and replaced, with cancelled commands among theirs: never more connections than the cap, no reply crosses."""
+    cap = 4
+
+    def begin() -> Ask:
+        loop = asyncio.new_event_loop()
+        client = redis.asyncio.Redis(connection_pool=make(max_connections=cap, timeout=20))
+
+        async def ask(nonce: str) -> None:
+            async def one(n: int) -> None:
+                assert await client.echo(f"{nonce}-{n}") == f"{nonce}-{n}".encode()
+
+            tasks = [asyncio.ensure_future(one(n)) for n in range(3)]
+            if hash(nonce) % 5 == 0:
+                await asyncio.sleep(random.choice((0, 0, 0.001)))
+                tasks[0].cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
+                    raise outcome
+
+        return lambda nonce: loop.run_until_complete(ask(nonce))
+
+    storm = Storm(begin, 12)
+    made = redis_.made()
+    try:
+        with Peak(redis_.count) as peak:
+            storm.run(float(request.config.getoption("--storm-seconds")) * 0.75, kill_every=0.25)
+            storm.end()
+        print(f"\nkills {storm.kills}, peak {peak.most} of {peak.samples} looks, connections {redis_.made() - made}, asked {storm.requests} times 3")
+        assert storm.failures == []
+        assert peak.most <= cap
+        assert storm.requests > 0
+    finally:
+        storm.end()
+
+
+def test_the_driver_alone(run: Run, redis_: Server, broker: BrokerProcess) -> None:  # noqa: F811
+    """mppool.AsyncPool with AsyncRedisDriver: ping as a check, reset, DialFailed with redis-py's error as its cause."""
+    driver = AsyncRedisDriver(port=redis_.port, password=PASSWORD)
+
+    async def main() -> None:
+        pool = mppool.AsyncPool(driver=driver, name="alone", max_size=1, broker=broker.path, check=driver.ping)
+        async with pool, pool.connection() as connection:
+            await connection.send_command("SELECT", 3)
+            await connection.read_response()
+            await driver.reset(connection)
+            assert connection.leaves == 0
+        wrong = mppool.AsyncPool(driver=AsyncRedisDriver(port=redis_.port, password="wrong"), name="wrong", broker=broker.path)
+        with pytest.raises(mppool.DialFailed) as caught:
+            await wrong.getconn()
+        assert isinstance(caught.value.__cause__, redis.AuthenticationError)
+        await wrong.close()
+
+    run(main())
