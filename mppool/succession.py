@@ -33,6 +33,7 @@ __all__ = ["AlreadyRunning", "ask_for_place", "give_place", "is_asking", "is_tak
 
 PATIENCE = 5.0  # seconds for the other one
 LOOK_AGAIN = 0.002
+LINGERING = 0.3  # seconds, for a place whose holder may have just died
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -45,11 +46,18 @@ def place_of(path: str) -> str:
 
 
 def take_place(path: str) -> LockFile:
-    """The right to serve this socket, for life. Raises AlreadyRunning."""
+    """The right to serve this socket, for life. Raises AlreadyRunning.
+
+    Asked again for a moment: a child that a broker had just forked when it was killed holds its place until it executes something else.
+    """
+    until = time.monotonic() + LINGERING
     while True:
         lock = LockFile(place_of(path))
         if not lock.take(0):
             lock.close()
+            if time.monotonic() < until:
+                time.sleep(0.01)
+                continue
             raise AlreadyRunning(f"broker={path!r}: a broker serves this socket already")
         if lock.is_current():
             return lock

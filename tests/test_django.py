@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -53,8 +54,7 @@ class Project:
         def run(child: Child) -> Any:
             os.environ.update(self.environment)
             sys.path.insert(0, str(EXAMPLE))
-            from project import settings as module
-
+            module = importlib.import_module("project.settings")
             database: dict[str, Any] = module.DATABASES["default"]
             database.update(settings)
             database["OPTIONS"].update(options or {})
