@@ -45,12 +45,12 @@ def place_of(path: str) -> str:
     return f"{path}.lock"
 
 
-def take_place(path: str) -> LockFile:
+def take_place(path: str, patience: float = LINGERING) -> LockFile:
     """The right to serve this socket, for life. Raises AlreadyRunning.
 
     Asked again for a moment: a child that a broker had just forked when it was killed holds its place until it executes something else.
     """
-    until = time.monotonic() + LINGERING
+    until = time.monotonic() + patience
     while True:
         lock = LockFile(place_of(path))
         if not lock.take(0):
@@ -99,7 +99,7 @@ def ask_for_place(path: str, told_to_end: Callable[[], bool]) -> tuple[LockFile,
     try:
         while not told_to_end():
             try:
-                lock = take_place(path)
+                lock = take_place(path, 0.0)
             except AlreadyRunning:
                 pass
             else:
