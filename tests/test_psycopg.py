@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import shutil
 import signal
 import socket
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +24,20 @@ import mppool
 from mppool.drivers.psycopg import PsycopgDriver
 from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolTimeout
 from mppool.states import Residence
-from tests.helpers.postgres import Database, needs_postgres, postgres
+from tests.helpers.postgres import Database, Login, Postgres, needs_postgres, postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.storm import Ask, Peak, Storm
 
 pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
 
 Make = Callable[..., ConnectionPool]
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[Database]:
+    it = Login(postgres_server)
+    yield it
+    it.drop()
 
 
 @pytest.fixture
@@ -399,6 +408,7 @@ def test_notifications_are_nobody_elses(make: Make, database: Database) -> None:
         assert list(conn.notifies(timeout=0)) == []
         assert pid_of(conn) == backend
     database.ask("notify news, 'for nobody'")
+    assert select.select([conn.pgconn.socket], [], [], 10)[0]
     with pool.connection() as conn:
         assert list(conn.notifies(timeout=0)) == []
         assert pid_of(conn) != backend
@@ -671,34 +681,11 @@ def judge_that_is_deaf() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_a_unix_socket_moves_and_cancels(tmp_path: Path, socket_path: str, broker: BrokerProcess) -> None:
-    """Over the server's Unix socket, whatever sslmode says: sessions move, and cancelling finds its way."""
-    directory = Path("/tmp") / f"mppool-test-{os.getpid()}"
-    directory.mkdir(mode=0o777)
-    directory.chmod(0o777)
-    try:
-        with postgres(unix_socket_directories=str(directory)) as server:
-            database = Database(server)
-            conninfo = psycopg.conninfo.make_conninfo(database.conninfo, host=str(directory), sslmode="prefer")
-            pool = ConnectionPool(conninfo, min_size=0, max_size=1, broker=socket_path, kwargs=autocommit())
-            adopted(pool)
-            with pool.connection() as conn:
-                assert conn.info.host == str(directory)
-                timer = threading.Timer(0.2, conn.cancel)
-                timer.start()
-                with pytest.raises(psycopg.errors.QueryCanceled):
-                    conn.execute("select pg_sleep(60)")
-                timer.join()
-            pool.close()
-            assert server.log.read_text().count(f"connection authorized: user={database.user} ") == 1
-            database.drop()
-    finally:
-        directory.rmdir()
-
-
-def test_over_tls_sessions_stay_and_are_given_up_for_others(tmp_path: Path, socket_path: str, broker: BrokerProcess) -> None:
-    """ssl=on: resident, said so, capped over all processes, never shared, and ended where another process is in need; sslmode=disable moves."""
-    key, certificate = tmp_path / "key", tmp_path / "certificate"
+@pytest.fixture(scope="module")
+def encrypting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """A server with TLS, and a Unix socket."""
+    made = tmp_path_factory.mktemp("tls")
+    key, certificate = made / "key", made / "certificate"
     command = [
         "openssl",
         "req",
@@ -716,42 +703,80 @@ def test_over_tls_sessions_stay_and_are_given_up_for_others(tmp_path: Path, sock
         str(certificate),
     ]
     subprocess.run(command, check=True, capture_output=True)
-    tmp_path.chmod(0o755)
-    with postgres() as server:
-        for file in (key, certificate):
-            copied = server.data / file.name
-            copied.write_bytes(file.read_bytes())
-            copied.chmod(0o600)
-            if server.user is not None:
-                shutil.chown(copied, server.user)
-        server.stop()
-        server.options.update(ssl="on", ssl_key_file=str(server.data / "key"), ssl_cert_file=str(server.data / "certificate"))
-        server.start()
-        database = Database(server)
-        pool = ConnectionPool(database.conninfo, min_size=0, max_size=1, name="tls", broker=socket_path)
+    directory = Path("/tmp") / f"mppool-test-{os.getpid()}"  # a socket's path must be short
+    directory.mkdir()
+    directory.chmod(0o777)
+    try:
+        with postgres(unix_socket_directories=str(directory)) as server:
+            server.stop()
+            for file in (key, certificate):
+                shutil.copy(file, server.data)
+                (server.data / file.name).chmod(0o600)
+                if server.user is not None:
+                    shutil.chown(server.data / file.name, server.user)
+            server.options.update(ssl="on", ssl_key_file=str(server.data / "key"), ssl_cert_file=str(server.data / "certificate"))
+            server.start()
+            yield server
+    finally:
+        directory.rmdir()
 
-        def work(child: Child) -> None:
-            child.hear()
-            with pool.connection(timeout=10) as conn:
-                child.tell([pid_of(conn), conn.pgconn.ssl_in_use])
 
-        with fork(work) as (child,), Peak(database.count) as peak:
-            with pool.connection() as conn:
-                backend = pid_of(conn)
-                assert conn.pgconn.ssl_in_use
-            driver = pool._pool._driver
-            assert driver.residence(conn) is Residence.tls
-            child.tell("go")
-            other, encrypted = child.hear()
-            assert other != backend
-            assert encrypted
-        assert peak.most <= 1
-        pool.close()
-        plain = PsycopgDriver(f"{database.conninfo} sslmode=disable")
-        conn = plain.dial()
-        assert plain.residence(conn) is Residence.moves
-        plain.close(conn)
-        database.drop()
+def test_a_unix_socket_moves_and_cancels(encrypting: Postgres, socket_path: str, broker: BrokerProcess) -> None:
+    """Over the server's Unix socket, whatever sslmode says: sessions move, and cancelling finds its way."""
+    database = Login(encrypting)
+    directory = encrypting.options["unix_socket_directories"]
+    pool = ConnectionPool(f"{database.conninfo} host={directory} sslmode=prefer", min_size=0, max_size=1, broker=socket_path, kwargs=autocommit())
+    adopted(pool)
+    with pool.connection() as conn:
+        assert conn.info.host == directory
+        timer = threading.Timer(0.2, conn.cancel)
+        timer.start()
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            conn.execute("select pg_sleep(60)")
+        timer.join()
+    pool.close()
+    assert database.logins() == 1
+    database.drop()
+
+
+def test_over_tls_sessions_stay_and_are_given_up_for_others(encrypting: Postgres, socket_path: str, broker: BrokerProcess) -> None:
+    """Where the server offers TLS: resident, said so, capped over all processes, never shared, and ended where another process is in need."""
+    database = Login(encrypting)
+    pool = ConnectionPool(database.conninfo, min_size=0, max_size=1, name="tls", broker=socket_path)
+
+    def work(child: Child) -> None:
+        child.hear()
+        with pool.connection(timeout=10) as conn:
+            child.tell([pid_of(conn), conn.pgconn.ssl_in_use])
+
+    with fork(work) as (child,), Peak(database.count) as peak:
+        with pool.connection() as conn:
+            backend = pid_of(conn)
+            assert conn.pgconn.ssl_in_use
+        with pool.connection() as conn:
+            assert pid_of(conn) == backend, "it serves its own process again and again"
+        status = subprocess.run([sys.executable, "-m", "mppool", "status", "--socket", socket_path], capture_output=True, text=True, check=True, timeout=30)
+        assert "tls" in status.stdout
+        child.tell("go")
+        other, encrypted = child.hear()
+        assert other != backend
+        assert encrypted
+    assert peak.most <= 1
+    pool.close()
+    database.drop()
+
+
+@pytest.mark.parametrize(("mode", "residence"), [("disable", "moves"), ("allow", "moves"), ("prefer", "tls"), ("require", "tls")])
+def test_where_the_server_offers_tls(encrypting: Postgres, mode: str, residence: str) -> None:
+    """sslmode decides: only what is plain moves, and what is asked to be encrypted is."""
+    database = Login(encrypting)
+    driver = PsycopgDriver(f"{database.conninfo} sslmode={mode}")
+    conn = driver.dial()
+    assert driver.residence(conn) is Residence[residence]
+    assert conn.pgconn.ssl_in_use is (residence == "tls")
+    assert one(conn, "select 1") == 1
+    driver.close(conn)
+    database.drop()
 
 
 # Storms.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import psycopg
@@ -13,12 +13,19 @@ import pytest
 
 from mppool.drivers.psycopg import AsyncPsycopgDriver, PsycopgDriver
 from mppool.integrations.psycopg import AsyncConnectionPool, ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout
-from tests.helpers.postgres import Database, needs_postgres
+from tests.helpers.postgres import Database, Login, Postgres, needs_postgres
 from tests.helpers.processes import BrokerProcess, fork
 from tests.helpers.storm import Ask, Peak, Storm
 
 uvloop = pytest.importorskip("uvloop")
 pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[Database]:
+    it = Login(postgres_server)
+    yield it
+    it.drop()
 
 
 @pytest.fixture

