@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("django")
-pytest.importorskip("mppool.drivers.psycopg")
+pytest.importorskip("psycopg")
 
 from tests.helpers.postgres import Database, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -391,7 +391,7 @@ def test_the_projects_own_tests_run(project: Project, arguments: tuple[str, ...]
 def test_the_example_under_gunicorn(database: Database, socket_path: str, tmp_path: Path, request: pytest.FixtureRequest, age: str) -> None:
     """Several workers, killed all the time, over few sessions: never one too many, nothing of others seen, nothing half-written, everybody served."""
     cap, workers = (3, 6) if age == "0" else (6, 4)
-    seconds = float(request.config.getoption("--storm-seconds")) / (1 if age == "0" else 2)
+    seconds = float(request.config.getoption("--storm-seconds")) / (2 if age == "0" else 4)
     project = Project(database, socket_path)
     assert project.manage("migrate", "-v0").returncode == 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import os
 import random
@@ -22,8 +21,6 @@ from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.storm import Ask, Peak, Storm
 
 POSTGRES = [pytest.param("psycopg", marks=needs_postgres), pytest.param("pg8000", marks=needs_postgres)]
-if importlib.util.find_spec("mppool.drivers.psycopg") is None:
-    del POSTGRES[0]
 
 
 class Site:
@@ -68,8 +65,21 @@ def maria() -> Iterator[Any]:
         yield it
 
 
-@pytest.fixture(params=[*POSTGRES, pytest.param("pymysql", marks=needs_mariadb)])
+MYSQL = pytest.param("pymysql", marks=needs_mariadb)
+
+
+@pytest.fixture(params=[*POSTGRES, MYSQL])
 def site(request: pytest.FixtureRequest, broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    yield from site_over(request, broker, monkeypatch)
+
+
+@pytest.fixture(params=[POSTGRES[0], MYSQL])
+def either(request: pytest.FixtureRequest, broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """For what does not depend on the client."""
+    yield from site_over(request, broker, monkeypatch)
+
+
+def site_over(request: pytest.FixtureRequest, broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("MPPOOL_BROKER", broker.path)
     if request.param == "pymysql":
         server = request.getfixturevalue("maria")
@@ -181,14 +191,14 @@ def test_what_connect_listeners_set_is_set_wherever_the_session_goes(site: Site)
     assert [ask(), in_another(ask), ask(), in_another(ask), ask()] == ["here"] * 5
 
 
-def test_pre_ping_pings_what_was_adopted(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_pre_ping_pings_what_was_adopted(either: Site, caplog: pytest.LogCaptureFixture) -> None:
     """An adopted connection is not one that logged in just now; neither is one that comes back."""
-    engine = site.engine(pool_pre_ping=True, echo_pool="debug")
+    engine = either.engine(pool_pre_ping=True, echo_pool="debug")
 
     def pings() -> int:
         caplog.clear()
         with caplog.at_level(logging.DEBUG, logger="sqlalchemy.pool"):
-            site.pid(engine)
+            either.pid(engine)
         return sum("pre-ping on connection" in record.getMessage() for record in caplog.records)
 
     assert pings() == 0
@@ -196,54 +206,54 @@ def test_pre_ping_pings_what_was_adopted(site: Site, caplog: pytest.LogCaptureFi
     assert pings() == 1
 
 
-def test_a_session_that_died_is_not_seen_by_anybody(site: Site) -> None:
+def test_a_session_that_died_is_not_seen_by_anybody(either: Site) -> None:
     """The server ends it while it is idle: the next checkout finds out, without a ping."""
-    engine = site.engine()
-    first = site.pid(engine)
-    site.ask(f"kill {first}" if site.driver == "pymysql" else f"select pg_terminate_backend({first})")
-    eventually(lambda: site.count() == 0)
-    assert in_another(lambda: site.pid(engine)) != first
-    assert site.count() == 1
+    engine = either.engine()
+    first = either.pid(engine)
+    either.ask(f"kill {first}" if either.driver == "pymysql" else f"select pg_terminate_backend({first})")
+    eventually(lambda: either.count() == 0)
+    assert in_another(lambda: either.pid(engine)) != first
+    assert either.count() == 1
 
 
-def test_recycling_counts_from_the_login(site: Site) -> None:
+def test_recycling_counts_from_the_login(either: Site) -> None:
     """A session that is old enough is replaced, by whichever process meets it, also if that has only just adopted it."""
-    engine = site.engine(pool_recycle=0.5)
-    first = site.pid(engine)
+    engine = either.engine(pool_recycle=0.5)
+    first = either.pid(engine)
     began = time.monotonic()
     while time.monotonic() - began < 0.52:
-        last = in_another(lambda: site.pid(engine))
-    assert in_another(lambda: site.pid(engine)) != first
+        last = in_another(lambda: either.pid(engine))
+    assert in_another(lambda: either.pid(engine)) != first
     assert last is not None
-    assert site.count() == 1
+    assert either.count() == 1
 
 
-def test_a_broken_connection_is_replaced_and_those_as_old_are_distrusted(site: Site) -> None:
+def test_a_broken_connection_is_replaced_and_those_as_old_are_distrusted(either: Site) -> None:
     """The server ends it while it is lent: exc.OperationalError or so once, then all is well, and the idle ones were replaced, too."""
-    engine = site.engine(pool_size=2)
+    engine = either.engine(pool_size=2)
     with engine.connect() as one, engine.connect() as other:
-        pids = [int(it.scalar(site.who)) for it in (one, other)]
+        pids = [int(it.scalar(either.who)) for it in (one, other)]
     with engine.connect() as connection:
-        mine = int(connection.scalar(site.who))
-        site.ask(f"kill {mine}" if site.driver == "pymysql" else f"select pg_terminate_backend({mine})")
-        eventually(lambda: site.count() == 1)
+        mine = int(connection.scalar(either.who))
+        either.ask(f"kill {mine}" if either.driver == "pymysql" else f"select pg_terminate_backend({mine})")
+        eventually(lambda: either.count() == 1)
         with pytest.raises(exc.DBAPIError) as raised:
             connection.execute(text("select 1"))
         assert raised.value.connection_invalidated
         connection.rollback()
-        assert int(connection.scalar(site.who)) not in pids
-    assert eventually(lambda: site.count() == 1)
+        assert int(connection.scalar(either.who)) not in pids
+    assert eventually(lambda: either.count() == 1)
 
 
-def test_sql_errors_cost_no_session(site: Site) -> None:
+def test_sql_errors_cost_no_session(either: Site) -> None:
     """Syntax, constraints, divisions: reported, rolled back, and the session goes on."""
-    engine = site.engine()
-    first = site.pid(engine)
+    engine = either.engine()
+    first = either.pid(engine)
     for statement in ("select nothing from nowhere", "selct 1"):
         with engine.connect() as connection, pytest.raises(exc.ProgrammingError):
             connection.execute(text(statement))
-    assert site.pid(engine) == first
-    assert in_another(lambda: site.pid(engine)) == first
+    assert either.pid(engine) == first
+    assert in_another(lambda: either.pid(engine)) == first
 
 
 @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
@@ -292,9 +302,9 @@ def test_autocommit_engines_stay_so(site: Site) -> None:
         assert connection.scalar(text(f"select count(*) from {table}")) == 5
 
 
-def test_an_isolation_level_of_one_checkout_does_not_travel(site: Site) -> None:
+def test_an_isolation_level_of_one_checkout_does_not_travel(either: Site) -> None:
     """Neither to the next checkout here nor to another process."""
-    engine = site.engine()
+    engine = either.engine()
     before = in_another(lambda: level(engine))
 
     with engine.connect() as connection:
@@ -308,9 +318,9 @@ def level(engine: Engine) -> str:
         return connection.get_isolation_level()
 
 
-def test_a_wrong_password_is_said_at_once(site: Site) -> None:
+def test_a_wrong_password_is_said_at_once(either: Site) -> None:
     """The DBAPI's own error, wrapped as SQLAlchemy does; no waiting for the pool's time-out."""
-    scheme, _, rest = site.url.partition("://")
+    scheme, _, rest = either.url.partition("://")
     login, _, where = rest.partition("@")
     engine = create_engine(f"{scheme}://{login.partition(':')[0]}:wrong@{where}", poolclass=SharedPool, pool_name="wrong", pool_timeout=30)
     began = time.monotonic()
@@ -417,7 +427,7 @@ def asks(engine: Engine, who: Any) -> Callable[[], Ask]:
 @pytest.mark.storm
 def test_a_storm_of_workers(postgres_site: Site, request: pytest.FixtureRequest) -> None:
     """Twelve workers on four sessions, killed all the time: never a fifth backend, no setting of another worker, everybody served, the cap whole after."""
-    cap, seconds = 4, min(float(request.config.getoption("--storm-seconds")), 30.0) / 2
+    cap, seconds = 4, min(float(request.config.getoption("--storm-seconds")), 30.0) / 3
     engine = postgres_site.engine(pool_size=cap, pool_timeout=20)
     database: Database = postgres_site.database  # type: ignore[attr-defined]
     with Storm(asks(engine, postgres_site.who), 12) as storm, Peak(postgres_site.count) as peak:
