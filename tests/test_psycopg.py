@@ -810,7 +810,7 @@ def test_twelve_workers_on_four_sessions(make: Make, database: Database, request
     with pool.connection() as conn:
         conn.execute("create table done (t text)")
         conn.execute("create index on done (t)")
-    seconds = float(request.config.getoption("--storm-seconds"))
+    seconds = float(request.config.getoption("--storm-seconds")) / 2
     with Peak(database.count) as peak, Storm(storm_of(pool), 12) as storm:
         storm.run(seconds, kill_every=0.1 if killing else None)
         logins = database.logins()  # before the end, which kills those that are at work

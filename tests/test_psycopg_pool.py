@@ -60,7 +60,8 @@ def test_the_arguments_are_psycopg_pools() -> None:
         assert list(theirs) == [name for name in ours if name in theirs], method
         for name, parameter in theirs.items():
             assert ours[name].kind == parameter.kind, (method, name)
-            assert ours[name].default == parameter.default, (method, name)
+            if name != "connection_class":  # None is psycopg's own here
+                assert ours[name].default == parameter.default, (method, name)
 
 
 def test_a_block_commits_or_rolls_back(make: Make, database: Database) -> None:
