@@ -180,7 +180,7 @@ class Pool(Shell):
                 time.sleep(0.01)
 
     def close(self) -> None:
-        """This process uses the pool no more: idle sessions go on in others, and what is still lent is closed at its return.
+        """This process uses the pool no more: idle sessions go on in others, and so does what is still lent once it is returned.
 
         Threads that wait for a session get PoolClosed, within a second. Does not end the pool for other workers. May be repeated.
         """
