@@ -11,7 +11,7 @@ import hashlib
 import socket
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from inspect import isawaitable
 from typing import Any, NamedTuple
 
@@ -406,9 +406,9 @@ class Sessions:
     def forget(self, session: Any) -> None:
         """What this process remembers of the session is void."""
         prepared = session._prepared
-        for cache in (prepared._names, prepared._counts, getattr(prepared, "_to_flush", None), getattr(prepared, "_maint_commands", None)):
-            if cache is not None:
-                cache.clear()
+        for memory in (prepared._names, prepared._counts, getattr(prepared, "_to_flush", None), getattr(prepared, "_maint_commands", None)):
+            if memory is not None:
+                memory.clear()
         if session._notifies_backlog:
             session._notifies_backlog.clear()
 
@@ -427,6 +427,23 @@ class Sessions:
         pgconn.notify_handler = partial(psycopg.BaseConnection._notify_handler, wself)
         session.pgconn = pgconn
         bury(older)
+
+    def renewed(self, session: Any) -> Any:
+        """Another connection object over the same libpq connection, as one that was just made; the older one is closed, as far as it knows.
+
+        For integrations that promise a new object for each adoption: it costs a tenth of adopting.
+        """
+        newer = self.cls(session.pgconn)
+        newer._mppool = session._mppool
+        self.equip(newer, self.stage_arguments()[1])
+        newer._made, newer._reported = session._made, session._reported
+        remember(newer)
+        session.pgconn = ended()
+        return newer
+
+    def settle(self, session: Any) -> None:
+        """Whatever was set since the login is how its user wants it, and nothing to be put right at its return."""
+        session._reported = reported(session)
 
     def abort(self, session: Any) -> None:
         session._closed = True
@@ -598,6 +615,14 @@ def command(pgconn: pq.abc.PGconn, sql: bytes) -> Any:
     for result in results:
         if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.EMPTY_QUERY):
             raise psycopg.errors.error_from_result(result)
+
+
+@cache
+def ended() -> pq.abc.PGconn:
+    """A libpq connection to nowhere, for objects that have lost theirs."""
+    pgconn = pq.PGconn.connect_start(b"host=@mppool-nobody hostaddr='' port=1")
+    pgconn.finish()
+    return pgconn
 
 
 def reported(session: Any) -> list[bytes | None]:

@@ -25,34 +25,13 @@ def client_for(dialect: object) -> Client | None:
 def psycopg_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:
     from mppool.drivers.psycopg import PsycopgDriver
 
-    made: DriverBase = renewing(PsycopgDriver)(*arguments, kwargs=dict(options), on_transfer=on_transfer)
-    return made
+    return PsycopgDriver(*arguments, kwargs=dict(options), on_transfer=on_transfer)
 
 
 def async_psycopg_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:
     from mppool.drivers.psycopg import AsyncPsycopgDriver
 
-    made: DriverBase = renewing(AsyncPsycopgDriver)(*arguments, kwargs=dict(options), on_transfer=on_transfer)
-    return made
-
-
-def renewing(driver: type[Any]) -> type[Any]:
-    """psycopg's driver that makes new connections of older ones in a tenth of the time of adopting."""
-    from psycopg import pq
-
-    ended = pq.PGconn.connect_start(b"host=@mppool-nobody hostaddr='' port=1")
-    ended.finish()
-
-    class EngineDriver(driver):  # type: ignore[misc]
-        def renewed(self, session: Any) -> Any:
-            """Another psycopg connection over the same libpq connection; the older one is closed, as far as it knows."""
-            newer = self.cls(session.pgconn)
-            newer._mppool = session._mppool
-            self.equip(newer, self.stage_arguments()[1])
-            session.pgconn = ended
-            return newer
-
-    return EngineDriver
+    return AsyncPsycopgDriver(*arguments, kwargs=dict(options), on_transfer=on_transfer)
 
 
 def pg8000_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:

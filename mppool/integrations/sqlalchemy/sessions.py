@@ -49,7 +49,7 @@ class Record(_ConnectionRecord):
         session = self.session
         if session is not None and not session.settled:
             session.settled = True
-            session.client_settles()
+            session.pool._driver.settle(session)
         return connection
 
     @property
@@ -81,12 +81,6 @@ class Session:
         self.plain = True  # what has no descriptor is tidied at each return, for there it is given up if others wait: see CloseableDriver
         self.tidied = False
         self.settled = False
-
-    def client_settles(self) -> None:
-        """What "connect" listeners have set is how the engine wants its connections, and nothing to be put right at their return."""
-        settle = getattr(self.client, "settle", None)
-        if settle is not None:
-            settle(self.connection)
 
     def at_hand(self) -> Any:
         """The DBAPI connection; None if it was detached and is gone."""
@@ -199,6 +193,16 @@ class SessionDriver(DriverBase):
         session.record = Record(self.owner, session)
         self.known[id(connection)] = session
         return session
+
+    def inside(self, connection: Any) -> Any:
+        """The client's connection, in the DBAPI's."""
+        return connection
+
+    def settle(self, session: Session) -> None:
+        """What "connect" listeners have set is how the engine wants its connections, and nothing to be put right at their return."""
+        settle = getattr(session.client, "settle", None)
+        if settle is not None:
+            settle(self.inside(session.connection))
 
     def is_clean(self, session: Session) -> bool:
         if session.loose is not None:
