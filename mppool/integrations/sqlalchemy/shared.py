@@ -53,7 +53,7 @@ class SharedPool(Pool):
     - ``pool_recycle`` counts from the login, whichever process it was in, and up to 10 % less, at random.
     - ``pool_use_lifo`` is always so. Idle connections are closed after ``max_idle``, 600 s.
     - ``Connection.detach()``: the connection counts in the cap until it is closed.
-    - ``Engine.dispose()``: this process lets go; connections that other processes share live on. ``engine.pool.drain()`` ends all.
+    - ``Engine.dispose()``: this process lets go; its connections live on if other processes use the pool. ``engine.pool.drain()`` ends all.
     - A fork needs no ``dispose(close=False)``; it does no harm.
     - If the database cannot be reached, one process at a time finds out; the others are told the same ``OperationalError`` without trying.
     - ``status()``, ``size()``, ``checkedin()`` and ``checkedout()`` speak of all processes together.
