@@ -14,6 +14,7 @@ import pytest
 
 import mppool
 from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from mppool.table import H_WAITERS
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 
@@ -188,7 +189,7 @@ def test_max_waiting(make: Make) -> None:
     with pool.connection():
         waiter = threading.Thread(target=lambda: pool.putconn(pool.getconn()))
         waiter.start()
-        eventually(lambda: pool.get_stats()["requests_waiting"] == 1)
+        eventually(lambda: pool._pool._worker is not None and pool._pool._worker.table.halves[H_WAITERS] == 1)  # it is in the broker's queue
         with pytest.raises(TooManyRequests) as caught:
             pool.getconn()
         assert isinstance(caught.value, psycopg_pool.TooManyRequests)
