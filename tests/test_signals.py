@@ -65,7 +65,7 @@ def test_an_exception_ends_a_wait(server: Judge, path: str) -> None:
 def test_an_exception_while_a_grant_is_on_its_way(server: Judge, path: str) -> None:
     """Interrupted at the moment its turn comes, a waiter loses nothing: the session is there for the next."""
     with mppool.Pool(server.address, max_size=1, broker=path) as pool:
-        for _ in range(60):
+        for _ in range(30):
             sock = pool.getconn(timeout=5)
             delay = random.uniform(0.001, 0.004)
             returning = threading.Timer(delay, pool.putconn, (sock,))
