@@ -203,8 +203,10 @@ class AsyncHttpcoreDriver(AsyncDriverBase):
 
 
 def is_at_rest(connection: Any) -> bool:
-    """Between two requests, or before the first: the public words for both are that it would take one."""
-    return bool(connection.is_idle()) or "NEW" in connection.info()
+    """Between two requests, or before the first: the public words for both are that it would take one. And nothing was read beyond the last reply."""
+    if not connection.is_idle() and "NEW" not in connection.info():
+        return False
+    return not connection._h11_state.trailing_data[0]  # h11 would take it for the reply to the next request
 
 
 def target_of(origin: httpcore.Origin) -> Target:
