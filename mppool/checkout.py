@@ -79,13 +79,13 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     pause = FIRST_POLL
     front = False
     settle_strays(worker)
-    yield from settle_abandoned(hands)
     yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
+        settle_abandoned(hands)
         line = None if is_crowded(worker) else (yield from connect(worker))
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
