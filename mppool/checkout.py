@@ -80,8 +80,6 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     pause = FIRST_POLL
     front = False
     settle_strays(worker)
-    if worker.abandoned:
-        yield from settle_abandoned(hands)
     if worker.idle:
         yield from give_up_idle(hands)
     while True:
@@ -89,6 +87,7 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
+        settle_abandoned(hands)
         line = None if is_crowded(worker) else (yield from connect(worker))
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
