@@ -278,7 +278,7 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             break
         if answer[0].kind is Kind.STRUCK:
-            line.was_struck()
+            line.was_struck(answer[0].serial)
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, line, lane, answer)
     if turn.lane is None and not turn.dial:
@@ -305,6 +305,7 @@ def settle_abandoned(hands: Hands) -> Story[None]:
             line, lane = worker.abandoned.popleft()
         except IndexError:
             return  # another thread, or task, is at it
+        struck = False
         try:
             hands.take(lane)  # in our hands while we wait: it would be taken for a stray
             until = time.monotonic() + ANSWER / 4
@@ -316,15 +317,18 @@ def settle_abandoned(hands: Hands) -> Story[None]:
                     break
                 if answer[1] is not None:
                     answer[1].close()
-                if answer[0].kind is Kind.STRUCK and line.was_struck():
-                    worker.lines.append(line)
+                if answer[0].kind is Kind.STRUCK and line.was_struck(answer[0].serial):
+                    struck = True
                     worker.refuse_grant(lane)
+                    worker.lines.append(line)
                     break
                 if time.monotonic() > until:
                     raise LineLost  # a broker that says this and that, and never what it was asked
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:
-            lane.owner = 0
-            worker.abandoned.append((line, lane))
+            if not struck:
+                lane.owner = 0
+                line.given_up = False  # the answer may be lost: asked again
+                give_up(worker, line, lane)
             raise
