@@ -206,7 +206,7 @@ class Desk:
             self.strike(link)
             if flags & GIVEN_UP:
                 self.take_back(link)
-            link.send(Message(Kind.STRUCK))
+            link.send(Message(Kind.STRUCK, serial=serial))
             self.serve()
         elif kind is Kind.SHOWN:
             self.shown.add(link.home)

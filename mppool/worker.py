@@ -445,12 +445,12 @@ class Worker:
 
     def refuse_grant(self, lane: Lane) -> None:
         """We wait no more, and nobody will write to this lane again. A session granted to it goes back as it is."""
-        lane.owner = 0
         k = named(self.words[lane.at])
         if k >= 0:
             claims.accept(self.words, lane, self.slot(k))
             self.pass_over(lane)
         else:
+            lane.owner = 0
             self.lanes.append(lane)
 
     # Counting.
