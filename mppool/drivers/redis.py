@@ -28,7 +28,7 @@ from redis.asyncio.connection import SSLConnection as AsyncSSLConnection
 
 from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.drivers.dialer import FOREVER, abandon, adopt
-from mppool.drivers.streams import drop, fileno
+from mppool.drivers.streams import Tap, drop, fileno
 from mppool.errors import DialFailed, OptionError
 from mppool.kernel import link
 from mppool.options import Target
@@ -158,6 +158,7 @@ class AsyncPooled(Counting):
 
     _reader: Any
     _writer: Any
+    tap: Any = None  # turns reading off and on: a Tap, or the transport itself
 
     async def send_command(self, *args: Any, **kwargs: Any) -> None:
         self.note(args)
@@ -178,6 +179,11 @@ class AsyncPooled(Counting):
             await until_ended(self._old)
             self.forget_old()
         await super()._connect()  # type: ignore[misc]
+        transport = self.tap = self._writer.transport
+        if transport.get_extra_info("ssl_object") is None and isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
+            self.tap = adopt(fileno(transport), Tap)
+            drop(transport)  # now: it takes a turn of the loop
+            self._reader, self._writer = await self.tap.open()
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         self._shut_down()
@@ -445,13 +451,8 @@ class AsyncRedisDriver(_Common, AsyncDriverBase):
 
     async def attach(self, fd: int, baggage: bytes) -> Any:
         session = self.login.make()
-        sock = adopt(fd)
-        try:
-            sock.setblocking(False)
-            session._reader, session._writer = await asyncio.open_connection(sock=sock)
-        except BaseException:
-            abandon(sock)
-            raise
+        session.tap = adopt(fd, Tap)
+        session._reader, session._writer = await session.tap.open()
         prepare_parser(session)
         session.settled(session._writer)
         return session
@@ -460,7 +461,7 @@ class AsyncRedisDriver(_Common, AsyncDriverBase):
         writer = session._writer
         if writer is None or writer is not session.own or writer.transport.is_closing():
             return False
-        writer.transport.pause_reading()  # first: what comes after this line stays in the kernel
+        session.tap.pause_reading()  # first: what comes after this line stays in the kernel
         if session.owed or session.leaves or session._should_reconnect:
             return False
         return not (has_read(session._reader) or has_parsed_part(session._parser) or writer.transport.get_write_buffer_size())
@@ -468,7 +469,7 @@ class AsyncRedisDriver(_Common, AsyncDriverBase):
     def resume(self, session: Any) -> None:
         writer = session._writer
         if writer is not None and not writer.transport.is_closing():
-            writer.transport.resume_reading()
+            session.tap.resume_reading()
 
     async def tidy(self, session: Any) -> None:
         if session.can_be_reset() and session._writer is session.own and not has_parsed_part(session._parser):
