@@ -143,7 +143,7 @@ class AsyncPool(Shell):
             with understood(worker):
                 self._unwind_return(worker, error, hands, conn, ready)
                 raise
-        if worker.words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
+        if worker.words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not (worker.comes_right_back(ready[0]) or worker.look())):
             await self._tell(worker, after_return)
         if worker is self._leaving:
             self._leave_if_done(worker)

@@ -278,7 +278,7 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             break
         if answer[0].kind is Kind.STRUCK:
-            line.was_struck()
+            line.was_struck(answer[0].serial)
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, line, lane, answer)
     if turn.lane is None and not turn.dial:
@@ -309,30 +309,34 @@ def settle_abandoned(hands: Hands) -> None:
             line, lane = worker.abandoned.popleft()
         except IndexError:
             return  # another thread is at it
+        struck = False
         try:
             hands.take(lane)  # in our hands for so long: it would be taken for a stray
-            if is_struck(line):
-                worker.lines.append(line)
+            struck = is_struck(line)
+            if struck:
                 worker.refuse_grant(lane)
+                worker.lines.append(line)
             else:
                 lane.owner = 0
                 worker.abandoned.append((line, lane))
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:
-            lane.owner = 0
-            worker.abandoned.append((line, lane))
+            if not struck:
+                lane.owner = 0
+                line.given_up = False  # the answer may be lost: asked again
+                give_up(worker, line, lane)
             raise
 
 
 def is_struck(line: Line) -> bool:
     """Has the broker said the last STRUCK that is due? Raises LineLost."""
-    for _ in range(line.due + 1):  # before them it may have granted something
+    for _ in range(line.said - line.struck + 1):  # before them it may have granted something
         answer = line.receive()
         if answer is None:
             break
         if answer[1] is not None:
             answer[1].close()
-        if answer[0].kind is Kind.STRUCK and line.was_struck():
+        if answer[0].kind is Kind.STRUCK and line.was_struck(answer[0].serial):
             return True
     return False
