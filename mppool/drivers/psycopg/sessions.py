@@ -19,13 +19,14 @@ from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import ExecStatus
 
+from mppool.drivers.base import policy
 from mppool.drivers.postgres import REMEMBERED, cancel_request, is_greeting, is_hopeless, settings_of
 from mppool.drivers.psycopg import libpq
 from mppool.drivers.psycopg.connecting import Login
 from mppool.drivers.psycopg.connections import movable
 from mppool.drivers.psycopg.conninfo import effective, for_adopting
 from mppool.drivers.psycopg.libpq import bury, remember, replay
-from mppool.errors import DialFailed, Error, OptionError, ProtocolError
+from mppool.errors import DialFailed, Error, ProtocolError
 from mppool.states import Residence
 
 __all__ = ["Sessions", "command"]
@@ -64,11 +65,9 @@ class Sessions:
         on_transfer: str = "reset",
         configure: Callable[[Any], Any] | None = None,
     ) -> None:
-        if on_transfer not in ("reset", "always", "trust"):
-            raise OptionError(f'on_transfer={on_transfer!r}: expected "reset", "always" or "trust"')
         self.conninfo = conninfo
         self.kwargs = kwargs
-        self.on_transfer = on_transfer
+        self.on_transfer = policy(on_transfer)
         self.tidies_always = on_transfer == "always"
         self.configure = configure
         self.connection_class = connection_class or self.plain
