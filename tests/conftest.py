@@ -14,6 +14,7 @@ from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
 from tests.helpers.postgres import Database, Postgres, postgres
 from tests.helpers.processes import BrokerProcess, broker_process, eventually
+from tests.helpers.redis import Server, redis_server
 from tests.helpers.server import Judge, judge
 
 
@@ -78,6 +79,22 @@ def database(postgres_server: Postgres) -> Iterator[Database]:
     it = Database(postgres_server)
     yield it
     it.drop()
+
+
+@pytest.fixture(scope="session")
+def the_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Redis for all tests of a run."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as it:
+        yield it
+
+
+@pytest.fixture
+def redis_(the_redis: Server) -> Iterator[Server]:
+    """Empty, and without clients; afterwards, too."""
+    the_redis.judge.flushall()
+    eventually(lambda: not the_redis.count(), what="the server has clients")
+    yield the_redis
+    eventually(lambda: not the_redis.count(), what="the server has clients left")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

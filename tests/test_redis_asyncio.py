@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -20,28 +20,14 @@ from mppool.drivers.redis import AsyncRedisDriver
 from mppool.integrations.redis import BlockingConnectionPool as SyncPool
 from mppool.integrations.redis.asyncio import BlockingConnectionPool, ConnectionPool
 from tests.helpers.daemons import needs
-from tests.helpers.processes import BrokerProcess, Child, eventually, fork
-from tests.helpers.redis import PASSWORD, Server, redis_server
+from tests.helpers.processes import BrokerProcess, Child, fork
+from tests.helpers.redis import PASSWORD, Server
 from tests.helpers.storm import Ask, Peak, Storm
 from tests.test_aio import on_asyncio, on_uvloop, run  # noqa: F401 (a fixture)
 
 pytestmark = needs("redis-server")
 
 Run = Callable[[Any], Any]
-
-
-@pytest.fixture(scope="module")
-def server_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as it:
-        yield it
-
-
-@pytest.fixture
-def redis_(server_of_module: Server) -> Iterator[Server]:
-    server_of_module.judge.flushall()
-    eventually(lambda: not server_of_module.count(), what="the server has clients")
-    yield server_of_module
-    eventually(lambda: not server_of_module.count(), what="the server has clients left")
 
 
 class Maker:

@@ -8,22 +8,12 @@ from typing import Any
 
 import mppool
 from mppool.kernel import link
+from tests.helpers.leases import lease_all
 from tests.helpers.processes import Child
 from tests.helpers.server import Judge, ask
 
 SOON = 20.0  # seconds, of a busy machine
 Doing = Callable[[Child], Any]
-
-
-def lease_all(pool: mppool.Pool, size: int, name: str, timeout: float = SOON) -> set[int]:
-    """The whole cap at once: the numbers of its sessions, each of which answers to us."""
-    held = []
-    try:
-        held = [pool.getconn(timeout=timeout) for _ in range(size)]
-        return {ask(sock, f"{name}-{n}") for n, sock in enumerate(held)}
-    finally:
-        for sock in held:
-            pool.putconn(sock)
 
 
 def worker_of(path: str, server: Judge, rounds: int) -> Callable[[Child], list[int]]:

@@ -10,7 +10,7 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,10 +20,11 @@ import mppool
 from mppool.kernel import link
 from mppool.kernel.runtime import scope_of
 from mppool.wire import Kind, Message, encode, pack_held
+from tests.helpers.leases import lease_all
 from tests.helpers.processes import BrokerProcess, Child, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.helpers.users import ALICE, Home, as_root, as_user, broker_of
-from tests.limits.shared import SOON, lease_all, work_together, worker_of
+from tests.limits.shared import SOON, work_together, worker_of
 
 
 @contextlib.contextmanager
@@ -64,6 +65,29 @@ def try_with(pool: mppool.Pool, more: int, timeout: float) -> str:
 FEW = range(5)
 
 
+def check_words(said: list[str], *others: str) -> None:
+    """With enough of them it was lent; with too few, too, or an error said why."""
+    assert said[-1] == "lent"
+    assert all(re.search("|".join(("lent", "Too many open files", "maximum number of files", "RLIMIT_NOFILE", *others)), line) for line in said), said
+
+
+def poor(server: Judge, path: str, size: int, timeout: float) -> Callable[[Child], list[str]]:
+    """A worker that tries again and again, with one descriptor more each time, whenever it is told to."""
+
+    def work(child: Child) -> list[str]:
+        said = []
+        for more in FEW:
+            child.hear()
+            with mppool.Pool(server.address, name="web", max_size=size, broker=path) as pool:
+                pool.open()
+                said.append(try_with(pool, more, timeout))
+                assert len(lease_all(pool, size, f"poor-{more}")) == size
+            child.tell()
+        return said
+
+    return work
+
+
 @pytest.mark.parametrize("with_broker", [False, True], ids=["alone", "broker"])
 def test_descriptors_run_out_at_a_dial(server: Judge, socket_path: str, with_broker: bool) -> None:
     """However few are left when a session is dialed: it is lent as it should be, or an error says why; no session is lost, kept in secret, or lent dirty."""
@@ -85,8 +109,7 @@ def test_descriptors_run_out_at_a_dial(server: Judge, socket_path: str, with_bro
         (child,) = stack.enter_context(fork(work))
         said = child.result()
     assert server.counts()["peak"] <= 2
-    assert said[-1] == "lent"
-    assert all(re.search("Too many open files|maximum number of files|RLIMIT_NOFILE|lent", line) for line in said), said
+    check_words(said)
 
 
 def test_descriptors_run_out_at_a_fetch(broker: BrokerProcess, server: Judge, socket_path: str) -> None:
@@ -99,17 +122,7 @@ def test_descriptors_run_out_at_a_fetch(broker: BrokerProcess, server: Judge, so
                 child.tell()
                 child.hear()
 
-    def poor(child: Child) -> list[str]:
-        said = []
-        for more in FEW:
-            child.hear()
-            with mppool.Pool(server.address, name="web", max_size=2, broker=socket_path) as pool:
-                said.append(try_with(pool, more, 1))
-                assert len(lease_all(pool, 2, f"poor-{more}")) == 2
-            child.tell()
-        return said
-
-    with fork(owner, poor) as (one, other):
+    with fork(owner, poor(server, socket_path, 2, 1)) as (one, other):
         for _ in FEW:
             one.hear()
             other.tell()
@@ -118,8 +131,7 @@ def test_descriptors_run_out_at_a_fetch(broker: BrokerProcess, server: Judge, so
         one.result()
         said = other.result()
     assert server.counts()["peak"] <= 2
-    assert said[-1] == "lent"
-    assert all(re.search("lent|no session within|Too many open files|maximum number of files|RLIMIT_NOFILE", line) for line in said), said
+    check_words(said, "no session within")
 
 
 def test_descriptors_run_out_at_a_grant(broker: BrokerProcess, server: Judge, socket_path: str) -> None:
@@ -136,18 +148,7 @@ def test_descriptors_run_out_at_a_grant(broker: BrokerProcess, server: Judge, so
                 child.tell()
                 child.hear()
 
-    def poor(child: Child) -> list[str]:
-        said = []
-        for more in FEW:
-            child.hear()
-            with mppool.Pool(server.address, name="web", max_size=1, broker=socket_path) as pool:
-                pool.open()
-                said.append(try_with(pool, more, 2))
-                assert len(lease_all(pool, 1, f"poor-{more}")) == 1
-            child.tell()
-        return said
-
-    with fork(owner, poor) as (one, other):
+    with fork(owner, poor(server, socket_path, 1, 2)) as (one, other):
         for _ in FEW:
             one.hear()
             one.tell()
@@ -158,8 +159,7 @@ def test_descriptors_run_out_at_a_grant(broker: BrokerProcess, server: Judge, so
         one.result()
         said = other.result()
     assert server.counts()["peak"] <= 1
-    assert said[-1] == "lent"
-    assert all(re.search("lent|no session within|Too many open files|maximum number of files|RLIMIT_NOFILE", line) for line in said), said
+    check_words(said, "no session within")
 
 
 @as_root

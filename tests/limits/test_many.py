@@ -19,9 +19,10 @@ import mppool
 from mppool import shell
 from mppool.kernel import link
 from mppool.table import ROWS
+from tests.helpers.leases import lease_all
 from tests.helpers.processes import BrokerProcess, Child, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, _Server, ask
-from tests.limits.shared import SOON, lease_all, work_together, worker_of
+from tests.limits.shared import SOON, work_together, worker_of
 
 
 def crowd(count: int, work: Callable[[int], None]) -> tuple[list[int], int, int]:

@@ -11,6 +11,7 @@ import pytest
 
 from mppool.kernel import memory
 from mppool.wire import Kind, Message, encode
+from tests.helpers.leases import lease_all
 from tests.helpers.processes import Child, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.helpers.users import ALICE, BOB, Home, as_root, as_user, broker_of, home_of, names_of
@@ -30,8 +31,13 @@ def test_another_user_can_do_nothing(home: Home, server: Judge, umask: int) -> N
             eventually(lambda: "sem." in "".join(names_of(home)))
             child.tell(names_of(home))
             child.hear()
-            with fork(lambda _: lease_all(home, server, 2)) as (other,):  # a second process can open what the first one made
+            with fork(second) as (other,):
                 return int(other.result())
+
+    def second(_: Child) -> int:
+        """It can open what the first one made."""
+        with pool_of(home, server, max_size=2) as pool:
+            return len(lease_all(pool, 2))
 
     def intrude(child: Child) -> list[str]:
         files = [f"{memory.SHM}/{name}" for name in child.hear()]
@@ -65,16 +71,6 @@ def test_another_user_can_do_nothing(home: Home, server: Judge, umask: int) -> N
         assert set(intruder.result()) <= {"EACCES", "EPERM"}
         worker.tell()
         assert worker.result() == 2
-
-
-def lease_all(home: Home, server: Judge, size: int) -> int:
-    """A process of its own leases the whole cap; how many different sessions those were."""
-    with pool_of(home, server, max_size=size) as pool:
-        leases = [pool.getconn(timeout=10) for _ in range(size)]
-        numbers = {ask(sock, f"lease-{n}") for n, sock in enumerate(leases)}
-        for sock in leases:
-            pool.putconn(sock)
-        return len(numbers)
 
 
 @as_root
