@@ -79,7 +79,6 @@ def poor(server: Judge, path: str, size: int, timeout: float) -> Callable[[Child
         for more in FEW:
             child.hear()
             with mppool.Pool(server.address, name="web", max_size=size, broker=path) as pool:
-                pool.open()
                 said.append(try_with(pool, more, timeout))
                 assert len(lease_all(pool, size, f"poor-{more}")) == size
             child.tell()
