@@ -20,7 +20,7 @@ from mppool.drivers.raw import RawDriver
 from mppool.options import parse_target
 from tests.helpers.processes import Child, eventually, fork
 from tests.helpers.server import ask
-from tests.matrix.forks import c_fork
+from tests.matrix.forks import c_fork, in_a_worker
 from tests.matrix.orphans import as_many_as_can_be, mp_child
 from tests.matrix.scene import Scene, row
 from tests.matrix.work import Tally, keep_using, use
@@ -57,11 +57,10 @@ def hurry(pool: mppool.Pool, tally: Tally, stop: threading.Event) -> None:
 
 @row("fork while threads are on the fast path", workers=4, cap=2)
 def fast_path(scene: Scene) -> None:
-    def worker(child: Child) -> None:
-        pool, stop = scene.pool(), threading.Event()
+    def work(pool: mppool.Pool) -> None:
+        stop = threading.Event()
         threads = [threading.Thread(target=hurry, args=(pool, scene.tally, stop)) for _ in range(2)]
         threads.append(threading.Thread(target=keep_using, args=(pool, scene.tally, "thread", stop)))
-        use(pool, scene.tally, "before", 1)
         for thread in threads:
             thread.start()
         try:
@@ -70,11 +69,8 @@ def fast_path(scene: Scene) -> None:
             stop.set()
             for thread in threads:
                 thread.join()
-        use(pool, scene.tally, "after", 3)
-        pool.close()
 
-    with fork(worker) as (child,):
-        child.result()
+    in_a_worker(scene, work)
 
 
 def is_asleep(thread: threading.Thread) -> bool:
