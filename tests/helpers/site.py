@@ -6,10 +6,10 @@ import contextlib
 import http.client
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -56,9 +56,15 @@ class Site:
     def get(self, path: str) -> tuple[int, str]:
         return get(self.port, path)
 
-    def kill_a_worker(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-            random.choice(self.workers()).send_signal(signal.SIGKILL)
+    def kill_workers(self, seconds: float) -> int:
+        """Two each second, any of them, for so long; how many kills those were."""
+        until, kills = time.monotonic() + seconds, 0
+        while time.monotonic() < until:
+            time.sleep(0.5)
+            with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                random.choice(self.workers()).kill()
+            kills += 1
+        return kills
 
     def stop(self) -> int:
         return ended(self.process)
