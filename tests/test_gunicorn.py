@@ -24,9 +24,8 @@ from typing import Any
 
 import pytest
 
-from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
 from tests.helpers.daemons import daemon, free_port
+from tests.helpers.leftovers import names
 from tests.helpers.processes import eventually
 from tests.helpers.site import Clients, ending
 from tests.helpers.site import Site as Gunicorn
@@ -267,17 +266,16 @@ def test_a_killed_worker_breaks_its_own_request_only(redis: Redis, socket_path: 
 
 def test_sigterm_leaves_nothing(redis: Redis, socket_path: str, tmp_path: Path) -> None:
     """SIGTERM to ``mppool run``: it exits as gunicorn does, and no process, connection, socket file or shared name is left."""
-    prefix = f"mppool-{scope_of(socket_path)}"
     with site(redis, socket_path, tmp_path) as it:
         with Load(it) as load:
             load.goes_on(5)
         everything = it.processes()
         assert len(everything) >= 1 + 2 + 1 + WORKERS  # the supervisor, the broker and its keeper, gunicorn and its workers
-        assert memory.names(prefix)
+        assert names(socket_path)
         assert it.stop() == 0
         eventually(lambda: not [process for process in everything if process.is_running()], what="processes left over")
         eventually(lambda: not redis.clients(), what="connections left over")
-        assert memory.names(prefix) + memory.names(f"sem.{prefix}") == []
+        assert names(socket_path) == []
         eventually(lambda: os.listdir(os.path.dirname(socket_path)) == [], what="files left over")
     assert (load.wrong, load.broken) == ([], [])
 

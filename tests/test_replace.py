@@ -25,8 +25,8 @@ from mppool.kernel import link
 from mppool.launch import ALREADY_RUNNING
 from mppool.succession import is_taken, take_place
 from mppool.wire import Kind, Message, decode, encode
-from tests.conftest import processes_of
 from tests.helpers.leases import lease_all, leave_sessions
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import BrokerProcess, Child, answers, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.replace import Rig, keeper_of

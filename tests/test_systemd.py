@@ -24,8 +24,8 @@ from mppool.fdstore import INDEX, name_of, read_index
 from mppool.keeper import keeper_path
 from mppool.kernel import link
 from mppool.wire import Kind, Message, decode, encode, pack_held
-from tests.conftest import processes_of
 from tests.helpers.leases import lease_all, leave_sessions
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import Child, answers, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.replace import TRACER, keeper_of

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import mppool
-from tests.bad_input.shared import NOBODY, names
-from tests.conftest import processes_of
+from tests.bad_input.shared import NOBODY
+from tests.helpers.leftovers import names, processes_of
 from tests.helpers.processes import broker_process, eventually
 from tests.helpers.server import Judge, ask
 

@@ -15,8 +15,8 @@ import mppool
 from mppool.kernel import link, memory
 from mppool.kernel.runtime import pool_id
 from mppool.table import lock_path
-from tests.bad_input.shared import AT_ONCE, NOBODY, names
-from tests.conftest import processes_of
+from tests.bad_input.shared import AT_ONCE, NOBODY
+from tests.helpers.leftovers import names, processes_of
 from tests.helpers.processes import Child, broker_process, eventually, fork
 from tests.helpers.server import Judge
 from tests.helpers.users import as_root
