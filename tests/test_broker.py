@@ -15,7 +15,7 @@ from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
 from mppool.table import H_WAITERS
-from tests.conftest import processes_of
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 

@@ -13,8 +13,6 @@ from tests.model.world import World
 
 __all__ = ["Restart", "Rows"]
 
-FRESH = 1 << 10  # incarnations of rows that are taken while we look
-
 
 class Socket(Atomic):
     """A duplicate of the one session."""
