@@ -135,6 +135,27 @@ def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProce
     pool.close()
 
 
+def test_threads_of_one_process_are_served_in_order(server: Judge, broker: BrokerProcess) -> None:
+    """Who was in the queue first has a session first, whichever thread of whichever process he is."""
+    for n in range(10):
+        pool = mppool.Pool(server.address, max_size=1, name=f"p{n}", broker=broker.path)
+        served: list[int] = []
+
+        def wait(number: int, pool: mppool.Pool = pool, served: list[int] = served) -> None:
+            with pool.connection(timeout=20):
+                served.append(number)
+
+        threads = [threading.Thread(target=wait, args=(number,)) for number in range(4)]
+        with pool.connection():
+            for waiting, thread in enumerate(threads, 1):
+                thread.start()
+                eventually(lambda pool=pool, waiting=waiting: pool._worker.table.halves[H_WAITERS] == waiting)  # type: ignore[misc]
+        for thread in threads:
+            thread.join()
+        pool.close()
+        assert served == [0, 1, 2, 3]
+
+
 def test_workers_give_a_new_broker_their_sessions(server: Judge, socket_path: str) -> None:
     """A worker that comes by gives the new broker what it has; from then on others can use it."""
     pool = mppool.Pool(server.address, max_size=2, name="p", broker=socket_path)
