@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import psutil
+import pytest
 
 import mppool
 from mppool.inspect import find_pool
@@ -348,12 +349,15 @@ def test_what_was_granted_to_nobody_goes_to_others(server: Judge, broker: Broker
     pool.close()
 
 
-def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broker: BrokerProcess) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broker: BrokerProcess, linked: bool) -> None:
     """Who dials while the broker is silent, and does not come by again, has given it a duplicate all the same: others get the session."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
 
     def dials(child: Child) -> None:
-        pool.putconn(pool.getconn(), discard=True)  # it has a link now
+        pool.open()
+        if linked:
+            pool.putconn(pool.getconn(), discard=True)  # it has a link now
         child.tell()
         child.hear()
         pool.putconn(pool.getconn())
@@ -362,6 +366,8 @@ def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broke
 
     with fork(dials) as (child,):
         child.hear()
+        if not linked:
+            pool.putconn(pool.getconn(), discard=True)  # the broker knows the pool
         broker.process.send_signal(signal.SIGSTOP)
         time.sleep(1.1)  # it counts as absent
         child.tell()

@@ -19,7 +19,7 @@ from mppool.kernel import memory
 from mppool.kernel.runtime import pool_id, scope_of
 from mppool.snapshot import waiting
 from mppool.states import State
-from mppool.table import H_WAITERS, R_PID
+from mppool.table import H_WAITERS, R_PID, W_BEAT
 from tests.crash.peers import CAP, DEADLINE, Peer
 from tests.crash.tracing import KINDS, Trigger
 from tests.helpers.processes import Child, answers, eventually
@@ -112,6 +112,12 @@ class Scene:
     def ended(self) -> bool:
         """The broker."""
         return self.broker is not None and self.broker.has_ended()
+
+    def let_broker_pass(self) -> None:
+        """Until it has executed another line since, or has ended."""
+        words = self.table.table.words
+        beat = words[W_BEAT]
+        eventually(lambda: self.ended() or words[W_BEAT] != beat, what="the broker goes on")
 
     # What is left.
 

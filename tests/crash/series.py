@@ -172,6 +172,7 @@ class BrokerSeries(Series):
         operation.begin(scene, other)
         eventually(lambda: scene.ended() or operation.done(scene, other), what="the operation has come about")
         trigger.disarm()
+        scene.let_broker_pass()  # it may have been about to strike at that moment
         self.lines, self.where = trigger.count, trigger.where
         if self.where:
             eventually(scene.ended)
