@@ -15,7 +15,7 @@ import mppool
 from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
-from mppool.table import H_WAITERS
+from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
 from tests.conftest import processes_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
@@ -172,6 +172,35 @@ def test_workers_give_a_new_broker_their_sessions(server: Judge, socket_path: st
                 ask(sock, f"n{n}")
         assert server.counts()["peak"] <= 2
         pool.close()
+
+
+def test_a_damaged_table_met_at_the_keepers_answer_costs_its_own_pool_only(server: Judge, broker: BrokerProcess) -> None:
+    """The broker counts in a word that can count no further when the keeper's answer lets it grant a session: it gives up that pool, and goes on."""
+    pool, other = (mppool.Pool(server.address, max_size=1, name=name, broker=broker.path) for name in ("damaged", "other"))
+
+    def waits(child: Child) -> None:
+        pool.open()
+        with pool.connection(timeout=20):
+            child.hear()
+
+    pool.putconn(pool.getconn(), discard=True)  # the broker and its keeper are there
+    keeper = keeper_of(broker.path)
+    assert keeper is not None
+    keeper.suspend()
+    sock = pool.getconn()
+    with fork(waits):
+        table = pool._worker.table  # type: ignore[union-attr]
+        eventually(lambda: table.halves[H_WAITERS])
+        pool.putconn(sock)
+        row = next(row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == broker.pid)
+        table.words[table.row_at(row) + R_CLAIMED] = (1 << 64) - 1
+        keeper.resume()
+        eventually(lambda: broker.process.poll() is not None or not table.words[W_BEAT], what="the pool is given up")
+        with other.connection() as sock:
+            ask(sock, "other")
+        assert broker.process.poll() is None
+    pool.close()
+    other.close()
 
 
 def test_the_keeper_carries_sessions_over_the_brokers_death(server: Judge, broker: BrokerProcess) -> None:
