@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
 from tests.helpers.nginx import needs_nginx, nginx
+from tests.helpers.leftovers import names
 from tests.helpers.processes import eventually
 from tests.helpers.site import Load, site
 from tests.helpers.storm import Peak
@@ -53,8 +53,7 @@ class Example:
 
     def names(self) -> list[str]:
         """In /dev/shm."""
-        prefix = f"mppool-{scope_of(str(self.home / self.directory / 'broker.sock'))}"
-        return memory.names(prefix) + memory.names(f"sem.{prefix}")
+        return names(str(self.home / self.directory / "broker.sock"))
 
     def ends(self) -> int:
         code = self.process.wait(40)
