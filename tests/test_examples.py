@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import psutil
 import pytest
 
 from mppool.kernel import memory
-from tests.helpers.nginx import needs_nginx, nginx
 from tests.helpers.leftovers import names
+from tests.helpers.nginx import needs_nginx, nginx
 from tests.helpers.processes import eventually
 from tests.helpers.site import Load, site
 from tests.helpers.storm import Peak
@@ -170,10 +169,7 @@ def test_gunicorn_workers_share_connections_to_a_service(socket_path: str, tmp_p
         site(EXAMPLES / "requests_app", "workers.py", "front:app", socket_path, tmp_path, 6, UPSTREAM=web.url, UPSTREAM_CONNECTIONS=str(cap)) as it,
     ):
         with Load(it, ask) as load, Peak(web.connections) as peak:
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                time.sleep(0.4)
-                it.kill_a_worker()
+            it.kill_workers(seconds)
         assert peak.most <= cap + 1
         status, said = it.get("/")
         assert (status, json.loads(said)["max_size"]) == (200, cap)
