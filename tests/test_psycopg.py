@@ -26,7 +26,7 @@ from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolTimeo
 from mppool.states import Residence
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres, postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
-from tests.helpers.storm import Ask, Peak, Storm
+from tests.helpers.storm import Peak
 
 pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
 
@@ -777,50 +777,3 @@ def test_where_the_server_offers_tls(encrypting: Postgres, mode: str, residence:
     assert one(conn, "select 1") == 1
     driver.close(conn)
     database.drop()
-
-
-# Storms.
-
-
-def storm_of(pool: ConnectionPool) -> Callable[[], Ask]:
-    """Each request: nothing foreign in sight, a marker of one's own, three statements in a transaction."""
-
-    def begin() -> Ask:
-        me = str(os.getpid())
-
-        def ask(nonce: str) -> None:
-            with pool.connection() as conn:
-                seen = one(conn, "select coalesce(current_setting('app.marker', true), '')")
-                assert seen in ("", me), f"a setting of process {seen}"
-                assert conn.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
-                conn.execute("select set_config('app.marker', %s, false)", (me,))
-                conn.execute("insert into done values (%s)", (nonce,))
-                assert one(conn, "select t from done where t = %s", nonce) == nonce
-
-        return ask
-
-    return begin
-
-
-@pytest.mark.storm
-@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
-def test_twelve_workers_on_four_sessions(make: Make, database: Database, request: pytest.FixtureRequest, killing: bool) -> None:
-    """Never more than four backends by the server's own count; at most six logins where nobody is killed; nothing foreign seen; what was committed is there."""
-    pool = make(max_size=4)
-    with pool.connection() as conn:
-        conn.execute("create table done (t text)")
-        conn.execute("create index on done (t)")
-    seconds = float(request.config.getoption("--storm-seconds")) / 2
-    with Peak(database.count) as peak, Storm(storm_of(pool), 12) as storm:
-        storm.run(seconds, kill_every=0.1 if killing else None)
-        logins = database.logins()  # before the end, which kills those that are at work
-        storm.end()
-    rows, distinct = database.ask("select count(*)::int, count(distinct t)::int from done")[0]
-    print(f"\n{'killing' if killing else 'calm'}: {rows} transactions, {storm.kills} kills, {logins} logins, peak {peak.most} ({peak.samples} looks)")
-    print(pool._pool.get_stats()["closed"])
-    assert storm.failures == []
-    assert peak.most <= 4
-    assert rows == distinct
-    assert rows > 200 * seconds / 4
-    if not killing:
-        assert logins <= 6
