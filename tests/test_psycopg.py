@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -739,6 +741,18 @@ def test_a_unix_socket_moves_and_cancels(encrypting: Postgres, socket_path: str,
     database.drop()
 
 
+def shown(socket_path: str, *options: str) -> str:
+    """What ``mppool status`` prints, on a wide terminal."""
+    command = [sys.executable, "-m", "mppool", "status", "--socket", socket_path, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env={**os.environ, "COLUMNS": "250"}).stdout
+
+
+def status(socket_path: str) -> dict[str, Any]:
+    """Its one pool."""
+    [pool] = json.loads(shown(socket_path, "--json"))["pools"]
+    return dict(pool)
+
+
 def test_over_tls_sessions_stay_and_are_given_up_for_others(encrypting: Postgres, socket_path: str, broker: BrokerProcess) -> None:
     """Where the server offers TLS: resident, said so, capped over all processes, never shared, and ended where another process is in need."""
     database = Login(encrypting)
@@ -755,12 +769,13 @@ def test_over_tls_sessions_stay_and_are_given_up_for_others(encrypting: Postgres
             assert conn.pgconn.ssl_in_use
         with pool.connection() as conn:
             assert pid_of(conn) == backend, "it serves its own process again and again"
-        status = subprocess.run([sys.executable, "-m", "mppool", "status", "--socket", socket_path], capture_output=True, text=True, check=True, timeout=30)
-        assert "tls" in status.stdout
+        assert status(socket_path)["resident"] == {"tls": 1}
+        assert re.search(r"│ +1 tls │", shown(socket_path))
         child.tell("go")
         other, encrypted = child.hear()
         assert other != backend
         assert encrypted
+        assert status(socket_path)["resident"] == {"tls": 1}, "the other's, in place of ours"
     assert peak.most <= 1
     pool.close()
     database.drop()

@@ -103,7 +103,8 @@ def test_twelve_workers_on_four_sessions(database: Database, socket_path: str, b
         conn.execute("create table done (t text)")
         conn.execute("create index on done (t)")
     goal = int(250 * request.config.getoption("--storm-seconds"))
-    with Peak(database.count) as peak, Judged(pool, broker, spare=kill == "who-waits") as storm:
+    storm = Judged(pool, broker, spare=kill == "who-waits")
+    with Peak(database.count) as peak, storm:
         while storm.requests < goal:
             storm.run(0.5, kill_every=None if kill == "nobody" else 0.05)
         logins = database.logins()  # before the end, which kills those that are at work
