@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import re
 import select
@@ -544,6 +545,32 @@ def test_a_session_that_the_server_ended_is_not_lent(make: Make, database: Datab
     with pool.connection() as conn:
         assert pid_of(conn) != backend
     assert database.logins() == 2
+
+
+class Refusing(PsycopgDriver):
+    def transferred(self, session: Any) -> None:
+        raise RuntimeError("not this one")
+
+
+def test_a_transfer_that_fails_is_told_in_the_log(database: Database, broker: BrokerProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """Its session is closed, the caller gets another; at debug level the log says of which driver, and why, and nothing of the greeting."""
+    pool = mppool.Pool(driver=Refusing(database.conninfo, kwargs=autocommit()), name="refusing", max_size=1, timeout=20, broker=broker.path)
+
+    def work(child: Child) -> None:
+        with pool.connection() as conn:
+            backend = pid_of(conn)
+        child.tell(backend)
+        child.hear()
+
+    with fork(work) as (child,), caplog.at_level(logging.DEBUG, "mppool"):
+        foreign = child.hear()
+        with pool.connection() as conn:
+            assert pid_of(conn) != foreign
+            greeting = conn._mppool.greeting
+    [record] = [record for record in caplog.records if record.levelno == logging.DEBUG]
+    assert record.getMessage() == "postgres session of pool 'refusing' is closed, reset_failed: RuntimeError: not this one"
+    assert not any(part in caplog.text for part in (repr(greeting), greeting.hex(), database.password))
+    pool.close()
 
 
 def test_idle_session_timeout_is_noticed(make: Make, database: Database) -> None:
