@@ -25,12 +25,13 @@ class Entry:
     ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
     """
 
-    __slots__ = ("closed", "conn", "generation", "lent", "poll", "residence", "slot", "sock", "uses")
+    __slots__ = ("closed", "conn", "generation", "lent", "poll", "residence", "slot", "sock", "turn_ends", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
+        self.turn_ends = 0  # nanoseconds: see worker.TURN
         self.conn = conn
         self.residence = Residence.moves
         self.closed = False  # by its driver

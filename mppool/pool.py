@@ -141,7 +141,7 @@ class Pool(Shell):
             with understood(worker):
                 self._unwind_return(worker, error, hands, conn, ready)
                 raise
-        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
+        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not (worker.comes_right_back(entry) or worker.look())):
             self._tell(worker, after_return)
         if worker is self._leaving:
             self._leave_if_done(worker)

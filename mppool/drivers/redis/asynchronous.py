@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from inspect import iscoroutinefunction
 from typing import Any
 
@@ -10,11 +9,11 @@ import redis
 import redis.asyncio
 
 from mppool.drivers.base import AsyncDriverBase
-from mppool.drivers.dialer import abandon, adopt
+from mppool.drivers.dialer import adopt
 from mppool.drivers.redis.connections import until_ended
 from mppool.drivers.redis.login import greeted, prepare_parser
 from mppool.drivers.redis.sessions import Sessions
-from mppool.drivers.streams import drop, fileno
+from mppool.drivers.streams import Tap, drop, fileno
 
 __all__ = ["AsyncRedisDriver"]
 
@@ -41,13 +40,8 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
 
     async def attach(self, fd: int, baggage: bytes) -> Any:
         session = self.login.make()
-        sock = adopt(fd)
-        try:
-            sock.setblocking(False)
-            session._reader, session._writer = await asyncio.open_connection(sock=sock)
-        except BaseException:
-            abandon(sock)
-            raise
+        session.tap = adopt(fd, Tap)
+        session._reader, session._writer = await session.tap.open()
         prepare_parser(session)
         session.settled(session._writer)
         return session
@@ -56,7 +50,7 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
         writer = session._writer
         if writer is None or writer is not session.own or writer.transport.is_closing():
             return False
-        writer.transport.pause_reading()  # first: what comes after this line stays in the kernel
+        session.tap.pause_reading()  # first: what comes after this line stays in the kernel
         if session.owed or session.leaves or session._should_reconnect:
             return False
         return not (has_read(session._reader) or has_parsed_part(session._parser) or writer.transport.get_write_buffer_size())
@@ -64,7 +58,7 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
     def resume(self, session: Any) -> None:
         writer = session._writer
         if writer is not None and not writer.transport.is_closing():
-            writer.transport.resume_reading()
+            session.tap.resume_reading()
 
     async def tidy(self, session: Any) -> None:
         if session.can_be_reset() and session._writer is session.own and not has_parsed_part(session._parser):

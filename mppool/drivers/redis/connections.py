@@ -14,7 +14,7 @@ import redis
 
 from mppool.drivers.dialer import adopt
 from mppool.drivers.redis.commands import MARKS, SPOILT, mark
-from mppool.drivers.streams import fileno
+from mppool.drivers.streams import Tap, drop, fileno
 from mppool.kernel import link
 
 __all__ = ["pooled", "until_ended", "wait_for_end"]
@@ -115,6 +115,7 @@ class AsyncPooled(Counting):
 
     _reader: Any
     _writer: Any
+    tap: Any = None  # turns reading off and on: a Tap, or the transport itself
 
     async def send_command(self, *args: Any, **kwargs: Any) -> None:
         self.note(args)
@@ -135,6 +136,11 @@ class AsyncPooled(Counting):
             await until_ended(self._old)
             self.forget_old()
         await super()._connect()  # type: ignore[misc]
+        transport = self.tap = self._writer.transport
+        if transport.get_extra_info("ssl_object") is None and isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
+            self.tap = adopt(fileno(transport), Tap)
+            drop(transport)  # now: it takes a turn of the loop
+            self._reader, self._writer = await self.tap.open()
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         self._shut_down()
