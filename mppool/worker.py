@@ -172,7 +172,6 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
-        self.blocks: dict[int, tuple[weakref.ref[Any], int]] = {}  # for leases that a ``with`` block holds, the block, and which lease it was
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
@@ -378,13 +377,12 @@ class Worker:
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
-        for key, (block, uses) in list(self.blocks.items()):
-            if block() is None:  # its end was interrupted
-                ready = self.leases.get(key)
-                if ready is not None and ready[0].uses == uses:
-                    self.settle(ready[1])
+        for key, (entry, lane) in list(self.leases.items()):
+            if entry.block is not None:
+                block, uses = entry.block
+                if uses == entry.uses and block() is None:  # its end was interrupted
+                    self.settle(lane)
                     self.leases.pop(key, None)
-                self.blocks.pop(key, None)
         for _ in range(len(self.limbo)):
             lane = self.limbo.popleft()
             if self.words[lane.at]:

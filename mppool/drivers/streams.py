@@ -108,7 +108,10 @@ class AsyncRawDriver(AsyncDriverBase):
             return False
         if session.timeout != 0.0:
             session.setblocking(False)
-        return not unwatched(fd)
+        if unwatched(fd):
+            abandon(session)  # asked again, it is unfit still
+            return False
+        return True
 
     def close(self, session: socket.socket) -> None:
         session.close()
