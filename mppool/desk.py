@@ -478,9 +478,20 @@ class Desk:
         """The second look, when its time has come."""
         cases, self.cases = self.cases, []
         for case in self.reclaimer.convicted(cases, self.dead):
-            if case.k not in self.closing and (self.current(case.k) is not None or not self.may_be_elsewhere(case.k)):
+            if case.k in self.closing:
+                pass
+            elif self.was_never_accepted(case):
+                self.table.mem[self.slot(case.k).state_at] = IDLE
+                claims.give_token(self.table, self.slot(case.k), case.lanes)
+            elif self.current(case.k) is not None or not self.may_be_elsewhere(case.k):
                 self.close(case.k, CloseReason.owner_died, case=case)
         self.bury_and_free()
+
+    def was_never_accepted(self, case: Evidence) -> bool:
+        """Did a waiter die with our grant still in its lane? Then nobody has used the session since it was idle, and others can have it."""
+        granted = bool(case.lanes) and all(claims.is_granted(self.words[at]) for at in case.lanes)
+        duplicate = self.current(case.k) if granted and self.table.state(case.k) is not State.CLOSING else None
+        return duplicate is not None and duplicate.kept and not duplicate.resident
 
     def may_be_elsewhere(self, k: int) -> bool:
         """We have no duplicate of this session: may a live process have one? Not if it never left its dead home, nor when all have shown what they have."""
