@@ -28,7 +28,7 @@ from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
-from mppool.worker import Hands, Worker
+from mppool.worker import TURN, Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
 
@@ -59,6 +59,7 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
             held = yield from wait(hands, began, timeout)
             worker.note_waiting(hands, False)
             count_wait(worker, time.monotonic() - began)
+            held[1].turn_ends = time.monotonic_ns() + TURN
         return worker.lend(*held)
     except BaseException as error:
         worker.note_waiting(hands, False)
@@ -79,13 +80,14 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     pause = FIRST_POLL
     front = False
     settle_strays(worker)
-    yield from settle_abandoned(hands)
-    yield from give_up_idle(hands)
+    if worker.idle:
+        yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
+        settle_abandoned(hands)
         line = None if is_crowded(worker) else (yield from connect(worker))
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
@@ -134,8 +136,6 @@ def count_wait(worker: Worker, seconds: float) -> None:
     worker.bump(R_WAITS)
     worker.bump(R_WAIT_US, int(seconds * 1e6))
     worker.waited(seconds)
-    worker.turns += 1
-    worker.credit = worker.turns % 2
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:

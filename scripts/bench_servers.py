@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Skipped", "broker", "dies_with_parent", "mariadb", "memcached", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
+__all__ = ["Skipped", "broker", "dies_with_parent", "mariadb", "memcached", "nginx", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
 
 _libc = ctypes.CDLL(None)
 
@@ -82,17 +82,35 @@ def memcached() -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def nginx(directory: str) -> Iterator[int]:
+    """The port of an nginx with one worker that answers every request with two bytes and keeps connections alive. Raises Skipped."""
+    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise Skipped("nginx is not installed")
+    port = _free_port()
+    temporary = "".join(f"{kind}_temp_path {directory}/{kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    server = f"server {{ listen 127.0.0.1:{port} backlog=511; location / {{ return 200 ok; }} }}"
+    with open(f"{directory}/nginx.conf", "w", encoding="ascii") as file:
+        file.write(f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log; events {{ }}\n")
+        file.write(f"http {{ access_log off; keepalive_requests 1000000000; keepalive_time 1d; keepalive_timeout 1d; {temporary}{server} }}\n")
+    command = [program, "-p", directory, "-c", f"{directory}/nginx.conf"]
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
+        yield port
+
+
+@contextlib.contextmanager
 def mariadb(directory: str) -> Iterator[int]:
     """The port of a MariaDB with a new data directory, whose root needs no password. Raises Skipped."""
     os.environ["PATH"] += ":/usr/sbin"  # where Debian keeps it
     if shutil.which("mariadbd") is None:
         raise Skipped("mariadbd is not installed")
     port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
-    install = ["mariadb-install-db", "--no-defaults", f"--datadir={directory}/data", "--auth-root-authentication-method=normal", f"--user={user}"]
-    made = subprocess.run([*install, "--skip-test-db"], capture_output=True, text=True, check=False)
+    own = ["--no-defaults", f"--datadir={directory}/data", f"--tmpdir={directory}", f"--user={user}"]
+    install = ["mariadb-install-db", *own, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    made = subprocess.run(install, capture_output=True, text=True, check=False)
     if made.returncode:
         raise Skipped(f"mariadb-install-db failed: {made.stderr.strip().splitlines()[-1:]}")
-    command = ["mariadbd", "--no-defaults", f"--datadir={directory}/data", f"--user={user}", "--bind-address=127.0.0.1", f"--port={port}"]
+    command = ["mariadbd", *own, "--bind-address=127.0.0.1", f"--port={port}"]
     command += [f"--socket={directory}/s.sock", f"--pid-file={directory}/pid", "--innodb-buffer-pool-size=8M", "--skip-name-resolve"]
     with _running(command, signal.SIGTERM, lambda: os.path.exists(f"{directory}/pid") and _connects(socket.AF_INET, ("127.0.0.1", port))):
         yield port

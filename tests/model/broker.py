@@ -11,9 +11,7 @@ from tests.model.explore import WAIT, Explorer, State, Violation
 from tests.model.steps import Atomic, Lock, Step, access
 from tests.model.world import World
 
-__all__ = ["Restart", "Rows"]
-
-FRESH = 1 << 10  # incarnations of rows that are taken while we look
+__all__ = ["Order", "Restart", "Rows"]
 
 
 class Socket(Atomic):
@@ -364,3 +362,40 @@ class Restart(Brokered):
         granted = self.get(state.memory, "lane 2")
         if not self.get(state.memory, "holders 0") and not granted and (token, permit + cap) != (1, 1):
             raise Violation(f"lost: token {token}, permit {permit}, units {cap}")
+
+
+class Order(Brokered):
+    """1 and then 2 wait for a session that either can be given; 3 gives it back at some moment."""
+
+    rows = 4
+    links = (1, 2)
+
+    def __init__(self, code: SimpleNamespace, *, ticks: int = 1) -> None:
+        super().__init__(code)
+        self.operations.update(begin=self.begin, release=self.release)
+        holder = self.worker(3)
+        self.initial[self.places["token 0"]] = 0
+        self.initial[self.places["lane 3"]] = holder.slot(0).held
+        self.initial[self.places[f"byte {code.table.BROKER}"]] = 1
+        self.start(SimpleNamespace(desk=None, links={}), ("begin", ticks))
+        self.start(holder, ("release",))
+
+    def begin(self, local: Any, ticks: int) -> Any:
+        self.desk(local, duplicate=True)
+        for name in self.links:
+            incarnation = self.value_of("incarnation", name)
+            self.take_in(local, name, ("HELLO", name, incarnation))
+            self.take_in(local, name, ("WAIT", 0, incarnation))
+        return "serve", ticks
+
+    def release(self, worker: Any) -> Any:
+        self.code.claims.release(worker.words, worker.all_lanes[0], worker.slot(0))
+
+    def check(self, before: tuple[int, ...], after: list[int], me: int, step: Step) -> None:
+        if step.kind == "answer" and step.value == "GRANT" and "GRANT" not in after[self.places["from broker", 1]]:  # type: ignore[operator]
+            raise Violation("the second in line is served before the first")
+
+    def at_rest(self, state: State, explorer: Explorer) -> None:
+        state = self.wound_up(state, explorer)
+        if "GRANT" not in self.get(state.memory, ("from broker", 1)):  # type: ignore[operator]
+            raise Violation("a waiter is forgotten")
