@@ -150,6 +150,11 @@ class Worker:
             owned += [entry.sock, entry.conn]
         return count - sum(1 for sock in owned if sock is not None and sock.fileno() >= 0)
 
+    def links(self) -> int:
+        """To the broker. As many are kept as were ever in use at once."""
+        part = self.pool._worker
+        return len(part.lines) + len(part.abandoned) if part is not None else 0
+
     def state(self) -> str:
         """What this process knows of its lanes and sessions: for the report of a loss."""
         part = self.pool._worker

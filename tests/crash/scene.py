@@ -171,7 +171,7 @@ class Scene:
     def descriptors(self) -> dict[str, int]:
         found = {"survivor": self.survivor.do("stray_descriptors")}
         if self.broker is not None:
-            found["broker"] = len(os.listdir(f"/proc/{self.broker.pid}/fd"))
+            found["broker"] = len(os.listdir(f"/proc/{self.broker.pid}/fd")) - self.survivor.do("links")
         return found
 
     # The end.
