@@ -224,7 +224,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
                 worker.lines.append(line)
                 break
             worker.tidy()
-            yield from settle_abandoned(hands)
+            settle_abandoned(hands)
             if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
                 if struck is None and not worker.words[lane.at]:
@@ -297,7 +297,7 @@ def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
         if answer is None:
             break
         if answer[0].kind is Kind.STRUCK:
-            line.was_struck()
+            line.was_struck(answer[0].serial)
             return turn if turn.lane is not None or turn.dial else granted(worker, lane)
         turn = understand(worker, line, lane, answer)
     if turn.lane is None and not turn.dial:
@@ -316,34 +316,46 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
         pass
 
 
-def settle_abandoned(hands: Hands) -> Story[None]:
-    """Before we wait again: read the answers to earlier waits that an exception ended. What was granted to them goes back."""
+def settle_abandoned(hands: Hands) -> None:
+    """Earlier waits that an exception ended: those that the broker has answered since are over, and their lanes are free.
+
+    It has taken back what it granted to them. One that has gone meanwhile may not have; then we give it back. Nobody waits for an
+    answer here, and nobody looks at a lane before it.
+    """
     worker = hands.worker
     for _ in range(len(worker.abandoned)):
         try:
             line, lane = worker.abandoned.popleft()
         except IndexError:
-            return  # another thread, or task, is at it
+            return  # another thread is at it
+        struck = False
         try:
-            hands.take(lane)  # in our hands while we wait: it would be taken for a stray
-            until = time.monotonic() + ANSWER / 4
-            while True:
-                answer = yield Receive(line, until)
-                if answer is None:
-                    lane.owner = 0
-                    worker.abandoned.append((line, lane))
-                    break
-                if answer[1] is not None:
-                    answer[1].close()
-                if answer[0].kind is Kind.STRUCK and line.was_struck():
-                    worker.lines.append(line)
-                    worker.refuse_grant(lane)
-                    break
-                if time.monotonic() > until:
-                    raise LineLost  # a broker that says this and that, and never what it was asked
+            hands.take(lane)  # in our hands for so long: it would be taken for a stray
+            struck = is_struck(line)
+            if struck:
+                worker.refuse_grant(lane)
+                worker.lines.append(line)
+            else:
+                lane.owner = 0
+                worker.abandoned.append((line, lane))
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:
-            lane.owner = 0
-            worker.abandoned.append((line, lane))
+            if not struck:
+                lane.owner = 0
+                line.given_up = False  # the answer may be lost: asked again
+                give_up(worker, line, lane)
             raise
+
+
+def is_struck(line: Line) -> bool:
+    """Has the broker said the last STRUCK that is due? Raises LineLost."""
+    for _ in range(line.said - line.struck + 1):  # before them it may have granted something
+        answer = line.receive()
+        if answer is None:
+            break
+        if answer[1] is not None:
+            answer[1].close()
+        if answer[0].kind is Kind.STRUCK and line.was_struck(answer[0].serial):
+            return True
+    return False

@@ -31,13 +31,18 @@ Received = tuple[Message, Descriptor | None]
 class Line:
     """One link to the broker, used for one conversation at a time. Owns its socket."""
 
-    __slots__ = ("due", "epoch", "given_up", "sock")
+    __slots__ = ("epoch", "given_up", "said", "sock", "struck")
 
     def __init__(self, path: str) -> None:
         self.sock = link.connect(path)
         self.epoch = 0
-        self.due = 0  # how often CANCEL was said and STRUCK is still to come
+        self.said = self.struck = 0  # how often CANCEL was said; which of them the last STRUCK answered
         self.given_up = False
+
+    @property
+    def due(self) -> bool:
+        """Is a STRUCK still to come?"""
+        return self.struck != self.said
 
     def cancel(self) -> None:
         """Ask to be struck, once. Raises LineLost."""
@@ -52,18 +57,19 @@ class Line:
 
     def say_cancel(self, flags: int) -> None:
         try:
-            self.send(Message(Kind.CANCEL, flags=flags))
-            self.due += 1
+            self.said += 1
+            self.send(Message(Kind.CANCEL, serial=self.said, flags=flags))
         except BaseException:
             self.close()  # was it said? The end of the line says it, too
             raise
 
-    def was_struck(self) -> bool:
-        """After a STRUCK: was it the last one that is due? An earlier one must not be taken for the answer to the next WAIT."""
-        self.due = max(0, self.due - 1)
-        if not self.due:
-            self.given_up = False
-        return not self.due
+    def was_struck(self, serial: int) -> bool:
+        """After a STRUCK: is it the answer to the last CANCEL? None is due then. (One may have been lost here, to an exception.)"""
+        self.struck = serial
+        if self.due:
+            return False
+        self.given_up = False
+        return True
 
     def send(self, message: Message, fd: int = -1) -> None:
         """Raises LineLost if the broker is gone or so far behind that its queue is full."""

@@ -8,8 +8,8 @@ links. A message is a fixed head and, for some, a body of bytes (a session's bag
     SHOWN     worker -> broker    everything this process has was shared
     FETCH     worker -> broker    slot, generation                        answered SESSION + descriptor, or GONE
     WAIT      worker -> broker    lane, FRONT if it was first before      answered, when its turn comes, GRANT or DIAL; or TOO_MANY
-    CANCEL    worker -> broker    strike my WAIT; GIVEN_UP: and take      answered STRUCK, after GRANT or DIAL if that was on its way
-                                  back what it was granted
+    CANCEL    worker -> broker    which; strike my WAIT; GIVEN_UP: and    answered STRUCK, the same number, after GRANT or DIAL if that
+                                  take back what it was granted           was on its way
     LOOK      worker -> broker    something became free
     PUT       broker -> keeper    pool, slot, generation + descriptor     answered KEPT
     DROP      broker -> keeper    pool, slot, generation
@@ -47,14 +47,14 @@ __all__ = [
     "unpack_session",
 ]
 
-WIRE_VERSION = 0xA2  # A: mppool; anything else that begins otherwise is not ours
+WIRE_VERSION = 0xA3  # A: mppool; anything else that begins otherwise is not ours
 MAX_BAGGAGE = 64 * 1024
 
 FRONT = 1  # flag of WAIT
 GIVEN_UP = 4  # flag of CANCEL: nobody looks at the lane any more before this was answered
 RESIDENT = 2  # flag of SHARE and PUT: the session cannot move, the duplicate is there to end it
 
-_HEAD = struct.Struct("<BBBBIQ")  # version, kind, flags, descriptors, slot or lane or row, generation or incarnation
+_HEAD = struct.Struct("<BBBBIQ")  # version, kind, flags, descriptors, slot or lane or row, generation or incarnation or a count
 
 
 class Kind(IntEnum):
@@ -94,7 +94,7 @@ class OtherVersion(ProtocolError):
 class Message(NamedTuple):
     kind: Kind
     number: int = 0  # of a slot, lane or row
-    serial: int = 0  # a generation, an incarnation or an epoch
+    serial: int = 0  # a generation, an incarnation, an epoch, or which CANCEL
     flags: int = 0
     body: bytes = b""
 

@@ -88,11 +88,12 @@ def mariadb(directory: str) -> Iterator[int]:
     if shutil.which("mariadbd") is None:
         raise Skipped("mariadbd is not installed")
     port, user = _free_port(), pwd.getpwuid(os.geteuid()).pw_name
-    install = ["mariadb-install-db", "--no-defaults", f"--datadir={directory}/data", "--auth-root-authentication-method=normal", f"--user={user}"]
-    made = subprocess.run([*install, "--skip-test-db"], capture_output=True, text=True, check=False)
+    own = ["--no-defaults", f"--datadir={directory}/data", f"--tmpdir={directory}", f"--user={user}"]
+    install = ["mariadb-install-db", *own, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    made = subprocess.run(install, capture_output=True, text=True, check=False)
     if made.returncode:
         raise Skipped(f"mariadb-install-db failed: {made.stderr.strip().splitlines()[-1:]}")
-    command = ["mariadbd", "--no-defaults", f"--datadir={directory}/data", f"--user={user}", "--bind-address=127.0.0.1", f"--port={port}"]
+    command = ["mariadbd", *own, "--bind-address=127.0.0.1", f"--port={port}"]
     command += [f"--socket={directory}/s.sock", f"--pid-file={directory}/pid", "--innodb-buffer-pool-size=8M", "--skip-name-resolve"]
     with _running(command, signal.SIGTERM, lambda: os.path.exists(f"{directory}/pid") and _connects(socket.AF_INET, ("127.0.0.1", port))):
         yield port

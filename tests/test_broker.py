@@ -12,11 +12,12 @@ import psutil
 import pytest
 
 import mppool
+from mppool.claims import is_granted
 from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
 from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
-from tests.conftest import processes_of
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 
@@ -105,6 +106,33 @@ def test_a_killed_workers_lease_comes_back(server: Judge, broker: BrokerProcess)
         print(f"\nserved {1000 * (took[0] - began):.1f} ms after the SIGKILL")
     assert pool.get_stats()["closed"] == {"owner_died": 1}
     assert server.counts()["peak"] <= 2
+    pool.close()
+
+
+def test_a_killed_waiters_grant_costs_no_session(server: Judge, broker: BrokerProcess) -> None:
+    """SIGKILL after the broker's grant, before the waiter took it up: the session was never used, and serves the next."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def wait(child: Child) -> None:
+        child.hear()
+        pool.getconn(timeout=20)
+
+    with fork(wait) as (child,):
+        with pool.connection() as sock:
+            ask(sock, "first")
+            table = pool._worker.table  # type: ignore[union-attr]
+            child.tell()
+            eventually(lambda: table.halves[H_WAITERS] == 1)
+            child.kill(signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)
+        [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
+        eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+        child.kill()
+        child.wait()
+    with pool.connection(timeout=10) as sock:
+        assert ask(sock, "next") == 1
+    assert pool.get_stats()["closed"] == {}
+    assert server.counts()["dials"] == 1
     pool.close()
 
 

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
+from tests.helpers.leftovers import names
+from tests.helpers.postgres import Database, needs_postgres
 from tests.helpers.processes import eventually
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -49,8 +50,7 @@ class Example:
 
     def names(self) -> list[str]:
         """In /dev/shm."""
-        prefix = f"mppool-{scope_of(str(self.home / self.directory / 'broker.sock'))}"
-        return memory.names(prefix) + memory.names(f"sem.{prefix}")
+        return names(str(self.home / self.directory / "broker.sock"))
 
     def ends(self) -> int:
         code = self.process.wait(40)
@@ -155,3 +155,14 @@ def collect_garbage() -> set[str]:
     """Run ``mppool gc``; the pools whose names it removed."""
     done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
     return {removed["pool"] for removed in json.loads(done.stdout)["removed"]}
+
+
+@needs_postgres
+def test_prefork_psycopg(database: Database, socket_path: str) -> None:
+    """Twelve workers on four connections: never a fifth, nobody starves, and a backend each for the whole run."""
+    command = [sys.executable, str(EXAMPLES / "prefork_psycopg.py"), database.conninfo]
+    run = subprocess.run([sys.executable, "-m", "mppool", "run", "--socket", socket_path, "--", *command], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^  \d+  active +prefork worker \d+$", run.stdout, re.MULTILINE)
+    assert re.search(r"^12 workers made \d+ transactions, \d+ to \d+ each, on 4 backends, at most 4 at a time$", run.stdout, re.MULTILINE)
+    assert database.logins() == 5, "four, and the one that watches"

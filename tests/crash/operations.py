@@ -83,6 +83,23 @@ class WaitForGrant(Operation):
         scene.survivor.do("give_back", not scene.has_broker)
 
 
+class WaitAgain(WaitForGrant):
+    name = "checkout, wait again"
+
+    def prepare(self, worker: Worker) -> None:
+        worker.give_up_waiting()
+
+    def ready(self, scene: Scene) -> None:
+        eventually(lambda: not scene.waiting(), what="a wait that was given up is struck")
+
+    def check(self, scene: Scene, *others: Peer) -> None:
+        super().check(scene, *others)
+        scene.survivor.do("hold", CAP)
+        for victim in others:
+            eventually(lambda victim=victim: victim.do("has_no_wait_to_settle"), DEADLINE, "an answer that never comes is waited for")  # type: ignore[misc]
+        scene.survivor.do("give_back")
+
+
 class WaitAlone(WaitForGrant):
     name = "checkout, wait without a broker"
     brokers: tuple[bool, ...] = ALONE
@@ -313,6 +330,7 @@ OPERATIONS: list[Operation] = [
     Operation(),
     Fetch(),
     WaitForGrant(),
+    WaitAgain(),
     WaitAlone(),
     WaitInVain(),
     FindDead(),

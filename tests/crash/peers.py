@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.crash.tracing import KINDS, Thrown, Trigger, raised_at, throw
 from tests.helpers.processes import Child
 from tests.helpers.server import ask
 
-__all__ = ["CAP", "DEADLINE", "Peer", "Worker"]
+__all__ = ["CAP", "DEADLINE", "Peer", "Worker", "descriptors"]
 
 CAP = 2
 DEADLINE = 5.0  # seconds within which everything must be back
@@ -68,6 +69,22 @@ class Worker:
         self.lease()
         self.lent[0].sendall(b"!close\n")
         self.give_back()
+
+    def give_up_waiting(self) -> None:
+        """A signal handler's exception ends a wait; the broker has not been heard since."""
+        signal.signal(signal.SIGALRM, throw)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        try:
+            self.lease()
+        except Thrown:
+            pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def has_no_wait_to_settle(self) -> bool:
+        """Each wait first reads the answers to earlier ones that an exception ended."""
+        self.wait_in_vain()
+        return self.pool._worker is None or not self.pool._worker.abandoned
 
     def give_back_one(self) -> None:
         self.pool.putconn(self.lent.pop())
@@ -138,17 +155,28 @@ class Worker:
         if other is not None:
             other.close()
 
-    def stray_descriptors(self) -> int:
-        """Descriptors of this process that its sessions and links do not explain."""
+    def stray_descriptors(self) -> dict[str, str]:
+        """Descriptors of this process that its sessions and links do not explain, and what each is."""
         gc.collect()
-        count = len(os.listdir("/proc/self/fd"))
+        found = descriptors()
+        part = self.pool._worker
+        owned: list[Any] = []
+        if part is not None:
+            owned += [line.sock for line in [*part.lines, *(line for line, _ in part.abandoned)]]
+            for entry in part.entries.values():
+                owned += [entry.sock, entry.conn]
+        explained = {str(sock.fileno()) for sock in owned if sock is not None}
+        return {fd: what for fd, what in found.items() if fd not in explained}
+
+    def twice(self) -> list[str]:
+        """Lanes and links that are in two places: two conversations would use one."""
         part = self.pool._worker
         if part is None:
-            return count
-        owned: list[Any] = [line.sock for line in [*part.lines, *(line for line, _ in part.abandoned)]]
-        for entry in part.entries.values():
-            owned += [entry.sock, entry.conn]
-        return count - sum(1 for sock in owned if sock is not None and sock.fileno() >= 0)
+            return []
+        pairs = [*part.idle, *part.leases.values(), *part.abandoned]
+        lanes = Counter(f"lane {lane.index}" for lane in [*part.lanes, *part.unfinished, *part.limbo, *(lane for _, lane in pairs)])
+        lines = Counter(f"link {line.sock.fileno()}" for line in [*part.lines, *(line for line, _ in part.abandoned)])
+        return [what for what, count in (lanes + lines).items() if count > 1]
 
     def links(self) -> int:
         """To the broker. As many are kept as were ever in use at once."""
@@ -182,6 +210,15 @@ class Worker:
         finally:
             self.trigger.disarm()
         return came_out
+
+
+def descriptors(pid: int | str = "self") -> dict[str, str]:
+    """The open descriptors of a process, and what each is."""
+    found = {}
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them; or closed meanwhile
+            found[fd] = os.readlink(f"/proc/{pid}/fd/{fd}")
+    return found
 
 
 class Peer:

@@ -21,7 +21,7 @@ from mppool.kernel.runtime import pool_id, scope_of
 from mppool.snapshot import waiting
 from mppool.states import State
 from mppool.table import H_WAITERS, R_PID, W_BEAT
-from tests.crash.peers import CAP, DEADLINE, Peer
+from tests.crash.peers import CAP, DEADLINE, Peer, descriptors
 from tests.crash.tracing import KINDS, Trigger
 from tests.helpers.processes import Child, answers, eventually
 from tests.helpers.server import judge
@@ -168,10 +168,14 @@ class Scene:
         ident = pool_id(self.path, name)
         eventually(lambda: not memory.names(ident) + memory.names(f"sem.{ident}"), DEADLINE, f"names of {name} left over")
 
-    def descriptors(self) -> dict[str, int]:
+    def descriptors(self) -> dict[str, dict[str, str]]:
+        """Of each process that lives on, what is open and why is not known."""
         found = {"survivor": self.survivor.do("stray_descriptors")}
         if self.broker is not None:
-            found["broker"] = len(os.listdir(f"/proc/{self.broker.pid}/fd")) - self.survivor.do("links")
+            found["broker"] = broker = descriptors(self.broker.pid)
+            sockets = [fd for fd, what in broker.items() if what.startswith("socket:")]
+            for fd in sockets[: self.survivor.do("links")]:
+                del broker[fd]
         return found
 
     # The end.

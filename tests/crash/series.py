@@ -90,9 +90,13 @@ class Series:
     def finish(self) -> None:
         """Nothing may have piled up."""
 
-        def leaked() -> dict[str, int]:
+        def leaked() -> dict[str, list[str]]:
             now = self.scene.descriptors()
-            return {process: now[process] - before for process, before in self.descriptors.items() if now[process] > before}
+            return {
+                process: [what for fd, what in now[process].items() if before.get(fd) != what]
+                for process, before in self.descriptors.items()
+                if len(now[process]) > len(before)
+            }
 
         try:
             self.let_go(orderly=True)
@@ -111,7 +115,7 @@ class WorkerSeries(Series):
 
     operation: Operation
     victim: Peer | None = None
-    stray: int = 0  # descriptors of the victim that nothing explains, as they were at the last point
+    stray: dict[str, str] = field(default_factory=dict)  # descriptors of the victim that nothing explains, as they were at the last point
 
     def point(self, at: int) -> None:
         operation, scene = self.operation, self.scene
@@ -139,10 +143,13 @@ class WorkerSeries(Series):
             self.where += f", raised at {came_out}"
         victim.do("recover")
         operation.check(scene, victim)
+        twice = victim.do("twice")
+        if twice:
+            raise Lost(f"in two places at once: {twice}")
         stray, before = victim.do("stray_descriptors"), self.stray
         self.stray = stray
-        if at and stray > before:
-            raise Lost(f"{stray - before} descriptors leaked in the worker")
+        if at and len(stray) > len(before):
+            raise Lost(f"descriptors leaked in the worker: {[what for fd, what in stray.items() if before.get(fd) != what]}")
 
     def let_go(self, orderly: bool) -> None:
         victim, self.victim = self.victim, None

@@ -42,11 +42,12 @@ class MariaDB:
         self.port = free_port()
         self.socket = str(directory / "s.sock")
         self._running: contextlib.AbstractContextManager[Any] | None = None
-        user = getpass.getuser()
-        install = ["mariadb-install-db", "--no-defaults", f"--datadir={directory}/data", "--auth-root-authentication-method=normal", f"--user={user}"]
-        done = subprocess.run([*install, "--skip-test-db", "--innodb-log-file-size=4M"], capture_output=True, text=True, timeout=60, check=False)
+        # A directory for temporary tables, too: two installs at once delete each other's in a shared one.
+        own = ["--no-defaults", f"--datadir={directory}/data", f"--tmpdir={directory}", f"--user={getpass.getuser()}"]
+        install = ["mariadb-install-db", *own, "--auth-root-authentication-method=normal", "--skip-test-db", "--innodb-log-file-size=4M"]
+        done = subprocess.run(install, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        self.command = ["mariadbd", "--no-defaults", f"--datadir={directory}/data", f"--user={user}", "--bind-address=127.0.0.1", *SMALL]
+        self.command = ["mariadbd", *own, "--bind-address=127.0.0.1", *SMALL]
         key, certificate = self_signed(directory)
         self.command += [f"--ssl-key={key}", f"--ssl-cert={certificate}"]
         self.command += [f"--port={self.port}", f"--socket={self.socket}", f"--pid-file={directory}/pid"]
@@ -58,7 +59,7 @@ class MariaDB:
     def start(self) -> None:
         self._running = daemon(self.command, self.port, self.directory / "log")
         self._process = self._running.__enter__()
-        eventually(self._answers, 20, what="MariaDB does not answer")
+        eventually(self._answers, 60, what="MariaDB does not answer")
 
     def _answers(self) -> bool:
         """Does it listen on its Unix socket, too? (PyMySQL leaves its own open if it does not.)"""

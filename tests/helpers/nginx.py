@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.helpers.certificates import self_signed
 from tests.helpers.daemons import daemon, free_port, needs
 
 __all__ = ["Nginx", "needs_nginx", "nginx"]
@@ -63,9 +63,7 @@ class Nginx:
         self.url = f"http://127.0.0.1:{self.port}"
         self.short = f"http://127.0.0.1:{short}"
         self.secure = f"https://127.0.0.1:{secure}"
-        self.certificate = str(home / "cert.pem")
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-        subprocess.run([*command, "-days", "2", "-keyout", home / "key.pem", "-out", home / "cert.pem"], check=True, capture_output=True, timeout=30)
+        _, self.certificate = self_signed(home)
         (home / "big").mkdir()
         (home / "big" / "file").write_bytes(b"0123456789abcdef" * 200_000)
         text = CONFIGURATION.format(

@@ -13,8 +13,6 @@ from tests.model.world import World
 
 __all__ = ["Order", "Restart", "Rows"]
 
-FRESH = 1 << 10  # incarnations of rows that are taken while we look
-
 
 class Socket(Atomic):
     """A duplicate of the one session."""
@@ -82,6 +80,7 @@ class Brokered(World):
             self.place(("to broker", link), ())  # type: ignore[arg-type]
             self.place(("from broker", link), ())  # type: ignore[arg-type]
             self.place(("open", link), 1)
+        self.place("spoilt", 0)
         del world
 
     # The broker.
@@ -176,19 +175,24 @@ class Brokered(World):
         elif kind == "hold":
             if memory[self.places["holders 0"]] & ~(1 << me):
                 raise Violation("two holders")
+            if memory[self.places["spoilt"]]:
+                raise Violation("what a dead process was using is lent again")
             memory[self.places["holders 0"]] |= 1 << me
         elif kind == "drop":
             memory[self.places["holders 0"]] &= ~(1 << me)
         return None
 
     def died(self, memory: list[Any], me: int) -> None:
+        memory[self.places["spoilt"]] |= memory[self.places["holders 0"]] >> me & 1
         memory[self.places["holders 0"]] &= ~(1 << me)
         if me in self.links:
             memory[self.places["to broker", me]] += (("END",),)
 
     def check(self, before: tuple[int, ...], after: list[int], me: int, step: Step) -> None:
-        if step.kind == "write" and step.place == "generation 0" and after[self.places["holders 0"]] & ~(1 << me):
-            raise Violation("a live holder's session was closed")
+        if step.kind == "write" and step.place == "generation 0":
+            after[self.places["spoilt"]] = 0  # another session
+            if after[self.places["holders 0"]] & ~(1 << me):
+                raise Violation("a live holder's session was closed")
 
     def wound_up(self, state: State, explorer: Explorer) -> State:
         """The broker does all that it can still do."""

@@ -97,6 +97,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         RECLAIMERS,
     ),
     (Mutation("a grant that nobody waits for is not taken back", (("desk", "if flags & GIVEN_UP:", "if flags & FRONT:"),)), GIVEN_UP),
+    (Mutation("what was accepted counts as never accepted", (("desk", "all(claims.is_granted(self.words[at]) for at in case.lanes)", "True"),)), ROWS),
     (Mutation("two reclaimers", (("worker", " == self.serial and worker.lock.take(BROKER)", " == self.serial"),)), ARRIVAL),
     (
         Mutation(
