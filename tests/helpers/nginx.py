@@ -45,6 +45,9 @@ http {{
         listen 127.0.0.1:{secure} ssl;
         ssl_certificate {home}/cert.pem;
         ssl_certificate_key {home}/key.pem;
+        location /big {{ root {home}; }}
+        location /slow {{ alias {home}/big; limit_rate 1m; }}
+        location /close {{ keepalive_timeout 0; return 200 "$connection $arg_nonce"; }}
         location /echo {{ return 200 "$connection $arg_nonce"; }}
     }}
     server {{
