@@ -389,9 +389,8 @@ def test_stray_descriptors_are_closed(server: Judge, broker: BrokerProcess) -> N
                     with contextlib.suppress(OSError):  # closed already: a keeper speaks with one at a time
                         link.send(sock, encode(Message(kind, body=b"\x03abc"), descriptors), 0)
                     link.wait_readable(sock.fileno(), 0.2 if kind is Kind.GIVE_ALL else 5)
-        with link.connect(path) as sock:
-            with contextlib.suppress(OSError):
-                link.send(sock, b"", 0)
+        with link.connect(path) as sock, contextlib.suppress(OSError):
+            link.send(sock, b"", 0)
     eventually(lambda: (process.num_fds(), eventually(lambda: keeper_of(broker.path)).num_fds()) == before, what=f"{before}")
     assert use(pool, 1) == [1]
     pool.close()
