@@ -10,8 +10,8 @@ from tests.helpers.processes import die_with_parent
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start ``mppool ...`` in the background; what is still running afterwards is killed."""
+def start(socket_path: str) -> Iterator[Start]:
+    """Start ``mppool ...`` in the background; what is still running afterwards is killed, before ``socket_path`` looks what is left."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:

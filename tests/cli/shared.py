@@ -12,14 +12,14 @@ from typing import Any
 
 import mppool
 from mppool.kernel import link
-from tests.helpers.processes import Child, broker_process
+from tests.helpers.processes import PATIENCE, Child, broker_process
 from tests.helpers.server import ask
 
 MPPOOL = [sys.executable, "-m", "mppool"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "250"}  # wide enough for every table
 
 
-def mppool_(*arguments: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+def mppool_(*arguments: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run ``mppool ...`` to its end."""
     return subprocess.run([*MPPOOL, *arguments], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, check=False)
 
@@ -37,6 +37,14 @@ def broker_pid(path: str) -> int:
     """Who serves the socket: the kernel says so."""
     with link.connect(path) as sock:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def has_another_broker(path: str, old: int) -> bool:
+    """Does anybody else serve the socket? In between nobody does."""
+    try:
+        return broker_pid(path) != old
+    except OSError:
+        return False
 
 
 def clean_directory(path: str) -> None:

@@ -13,7 +13,7 @@ import mppool
 from mppool.table import KEEPER, W_BEAT
 from tests.cli.shared import Start, broker_pid, clean_directory, mppool_
 from tests.helpers.leftovers import names, processes_of
-from tests.helpers.processes import BrokerProcess, Child, answers, eventually, fork
+from tests.helpers.processes import PATIENCE, BrokerProcess, Child, answers, eventually, fork
 from tests.helpers.server import Judge, ask
 
 
@@ -67,7 +67,7 @@ def test_idle_exit_waits_for_the_last_worker(start: Start, server: Judge, socket
         first = words[W_BEAT]
         eventually(lambda: words[W_BEAT] - first > 3_000_000_000 or process.poll() is not None)  # three seconds of the broker's own time
         assert process.poll() is None
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 NAN = "nan"
@@ -100,7 +100,7 @@ def test_a_broker_told_to_end_leaves_nothing(start: Start, server: Judge, socket
     assert names(socket_path), "the pool was to live on with its idle session"
     assert server.counts()["live"] == 1
     process.send_signal(number)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
     assert not os.path.exists(socket_path)
     assert names(socket_path) == []
     eventually(lambda: server.counts()["live"] == 0)

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 import mppool
-from tests.cli.shared import Start, broker_pid, mppool_
+from tests.cli.shared import Start, broker_pid, has_another_broker, mppool_
 from tests.helpers.leftovers import processes_of
-from tests.helpers.processes import BrokerProcess, answers, eventually
+from tests.helpers.processes import PATIENCE, BrokerProcess, eventually
 from tests.helpers.server import Judge, ask
 
 LISTENER = """
@@ -90,7 +90,7 @@ def test_run_forwards_signals(start: Start, socket_path: str) -> None:
     for name in names:
         process.send_signal(getattr(signal, name))
         assert process.stdout.readline() == f"{name}\n"
-    assert process.wait(10) == 7
+    assert process.wait(PATIENCE) == 7
 
 
 def test_run_restarts_a_killed_broker(start: Start, server: Judge, socket_path: str) -> None:
@@ -104,12 +104,12 @@ def test_run_restarts_a_killed_broker(start: Start, server: Judge, socket_path: 
         for _ in range(3):
             old = broker_pid(socket_path)
             os.kill(old, signal.SIGKILL)
-            eventually(lambda old=old: answers(socket_path) and broker_pid(socket_path) != old)  # type: ignore[misc]
+            eventually(lambda old=old: has_another_broker(socket_path, old))  # type: ignore[misc]
             with pool.connection() as sock:
                 assert ask(sock, "after") == session
     assert psutil.pid_exists(command)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 7
+    assert process.wait(PATIENCE) == 7
     assert "the broker ended with exit code -9; starting another" in process.communicate()[1]
 
 
@@ -143,9 +143,9 @@ def test_run_takes_over_from_a_broker_that_ends(broker: BrokerProcess, start: St
     process.stdout.readline()
     first = broker.pid
     broker.stop()
-    eventually(lambda: answers(socket_path) and broker_pid(socket_path) != first)
+    eventually(lambda: has_another_broker(socket_path, first))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 7
+    assert process.wait(PATIENCE) == 7
 
 
 def test_run_without_a_broker_runs_nothing(tmp_path: Path) -> None:

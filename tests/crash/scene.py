@@ -168,14 +168,16 @@ class Scene:
         ident = pool_id(self.path, name)
         eventually(lambda: not memory.names(ident) + memory.names(f"sem.{ident}"), DEADLINE, f"names of {name} left over")
 
-    def descriptors(self) -> dict[str, dict[str, str]]:
-        """Of each process that lives on, what is open and why is not known."""
-        found = {"survivor": self.survivor.do("stray_descriptors")}
+    def rest(self) -> None:
+        """The survivor alone, with as many sessions as there may be; a broker has duplicates of them."""
+        if self.has_broker:
+            self.renew()
+
+    def descriptors(self) -> dict[str, int]:
+        """At rest: how many of each process are open beside the links between the two."""
+        found = {"survivor": len(self.survivor.do("stray_descriptors"))}
         if self.broker is not None:
-            found["broker"] = broker = descriptors(self.broker.pid)
-            sockets = [fd for fd, what in broker.items() if what.startswith("socket:")]
-            for fd in sockets[: self.survivor.do("links")]:
-                del broker[fd]
+            found["broker"] = len(descriptors(self.broker.pid)) - self.survivor.do("links")
         return found
 
     # The end.

@@ -56,9 +56,10 @@ class Series:
         self.finish()
 
     def begin(self) -> None:
-        """Once without a strike: how many lines there are, and how many descriptors."""
-        self.point(0)
+        """How many descriptors there are at rest; then once without a strike: how many lines."""
+        self.scene.rest()
         self.descriptors = self.scene.descriptors()
+        self.point(0)
 
     def strike(self, at: int) -> bool:
         """False: it ran through before that."""
@@ -90,17 +91,14 @@ class Series:
     def finish(self) -> None:
         """Nothing may have piled up."""
 
-        def leaked() -> dict[str, list[str]]:
+        def leaked() -> dict[str, int]:
             now = self.scene.descriptors()
-            return {
-                process: [what for fd, what in now[process].items() if before.get(fd) != what]
-                for process, before in self.descriptors.items()
-                if len(now[process]) > len(before)
-            }
+            return {process: now[process] - before for process, before in self.descriptors.items() if now[process] > before}
 
         try:
             self.let_go(orderly=True)
             self.scene.check()
+            self.scene.rest()
             with contextlib.suppress(AssertionError):
                 eventually(lambda: not leaked(), DEADLINE)
             if leaked():
@@ -180,6 +178,7 @@ class BrokerSeries(Series):
         eventually(lambda: scene.ended() or operation.done(scene, other), COMING, "the operation has come about")
         trigger.disarm()
         scene.let_broker_pass()  # it may have been about to strike at that moment
+        eventually(lambda: trigger.is_between_lines() or scene.ended())
         self.lines, self.where = trigger.count, trigger.where
         if self.where:
             eventually(scene.ended)

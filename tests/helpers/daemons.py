@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import die_with_parent, eventually
+from tests.helpers.processes import PATIENCE, die_with_parent, eventually
 
 __all__ = ["daemon", "free_port", "listens", "needs"]
 
@@ -40,7 +40,7 @@ def listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def daemon(
-    command: Sequence[str], port: int, log: Path, user: str | int | None = None, patience: float = 30.0, stop: str = "SIGKILL"
+    command: Sequence[str], port: int, log: Path, user: str | int | None = None, patience: float = PATIENCE, stop: str = "SIGKILL"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server in the foreground that listens on ``port``; AssertionError with what it printed if it does not. Ended by the signal ``stop`` afterwards."""
     with open(log, "ab") as file:
@@ -52,7 +52,7 @@ def daemon(
     finally:
         process.send_signal(signal.Signals[stop])
         try:
-            process.wait(10)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -59,7 +59,7 @@ class MariaDB:
     def start(self) -> None:
         self._running = daemon(self.command, self.port, self.directory / "log")
         self._process = self._running.__enter__()
-        eventually(self._answers, 60, what="MariaDB does not answer")
+        eventually(self._answers, what="MariaDB does not answer")
 
     def _answers(self) -> bool:
         """Does it listen on its Unix socket, too? (PyMySQL leaves its own open if it does not.)"""

@@ -72,7 +72,7 @@ class Postgres:
         self.process = self._running.enter_context(
             daemon([program("postgres"), "-D", str(self.data), *settings], self.port, self.log, user=self.user, stop="SIGQUIT")
         )
-        eventually(self._answers, 20, what="PostgreSQL does not answer")
+        eventually(self._answers, what="PostgreSQL does not answer")
 
     def _answers(self) -> bool:
         try:

@@ -17,7 +17,9 @@ from typing import Any
 
 from mppool.kernel import link
 
-__all__ = ["Child", "broker_process", "ended", "eventually", "fork"]
+__all__ = ["PATIENCE", "Child", "broker_process", "ended", "eventually", "fork"]
+
+PATIENCE = 60.0  # seconds: whatever should come about has by then, on the most loaded machine
 
 _libc = ctypes.CDLL(None)
 
@@ -56,7 +58,7 @@ class Child:
     def tell(self, value: Any = None) -> None:
         os.write(self._out, json.dumps(value).encode() + b"\n")
 
-    def hear(self, timeout: float = 20.0) -> Any:
+    def hear(self, timeout: float = PATIENCE) -> Any:
         """The next value the other side told. AssertionError with the child's traceback if it failed, EOFError if it is gone."""
         until = time.monotonic() + timeout
         while b"\n" not in self._buffer:
@@ -72,7 +74,7 @@ class Child:
             raise AssertionError(f"the child failed:\n{value['error']}")
         return value
 
-    def result(self, timeout: float = 60.0) -> Any:
+    def result(self, timeout: float = 2 * PATIENCE) -> Any:
         """What ``work`` returned; the child has ended then."""
         value = self.hear(timeout)
         self.wait()
@@ -139,7 +141,7 @@ class BrokerProcess:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
         try:
-            return self.process.wait(10)
+            return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
@@ -163,7 +165,7 @@ def answers(path: str) -> bool:
     return True
 
 
-def eventually(condition: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
+def eventually(condition: Callable[[], Any], timeout: float = PATIENCE, what: str = "") -> Any:
     """Wait until the condition is true; AssertionError after ``timeout`` seconds."""
     until = time.monotonic() + timeout
     while True:

@@ -35,7 +35,7 @@ class Site:
         command = [sys.executable, "-m", "mppool", "run", "--socket", socket_path, "--", *gunicorn]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env={**os.environ, **environment, **given}, stdout=log, stderr=log, preexec_fn=die_with_parent)
-        eventually(lambda: self.process.poll() is not None or len(self.workers()) == workers, 20, what="gunicorn's workers")
+        eventually(lambda: self.process.poll() is not None or len(self.workers()) == workers, what="gunicorn's workers")
         assert self.process.poll() is None, self.log.read_text()
         eventually(lambda: listens(self.port), what="gunicorn listens")
 

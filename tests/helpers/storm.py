@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.processes import Child
+from tests.helpers.processes import PATIENCE, Child
 
 __all__ = ["Peak", "Storm"]
 
@@ -80,7 +80,10 @@ class Storm:
             self.failures.append(str(error))
 
     def run(self, seconds: float, kill_every: float | None = 0.1) -> None:
-        """For so long; ``kill_every`` seconds (at random around it) one is killed, and another comes."""
+        """For so long; ``kill_every`` seconds (at random around it) one is killed, and another comes.
+
+        If few requests were made by then, on a slow machine, those who are alive go on until there are more than a hundred.
+        """
         until = time.monotonic() + seconds
         self.fill()
         while time.monotonic() < until:
@@ -90,6 +93,11 @@ class Storm:
             for number, child in list(self.children):
                 self.listen(number, child)
             self.fill()
+        until = time.monotonic() + PATIENCE
+        while self.requests <= 100 and not self.failures and time.monotonic() < until:
+            time.sleep(0.05)
+            for number, child in self.children:
+                self.listen(number, child)
 
     def end(self) -> None:
         for number, child in self.children:
