@@ -22,7 +22,7 @@ from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolClosed, PoolTimeout
 from mppool.exchange import why_expired
 from mppool.line import Descriptor
-from mppool.returning import discard
+from mppool.returning import discard, tell
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
@@ -242,7 +242,8 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         reason = CloseReason.check_failed
         if worker.options.check is not None:
             yield Call(worker.options.check, entry.conn)
-    except Exception:
+    except Exception as error:
+        tell(worker, reason, error)
         yield from discard(hands, lane, entry, reason)
         return False
     return True

@@ -54,7 +54,7 @@ def connect(worker: Worker) -> Story[Line | None]:
     line = None
     try:
         line = Line(worker.path)
-        line.send(Message(Kind.HELLO, worker.row.index, worker.row.incarnation, body=worker.ident.encode()))
+        line.send(hello(worker))
         answer = yield Receive(line, now + ANSWER)
         if answer is None:
             worker.next_try = now + 2 * ANSWER
@@ -74,6 +74,10 @@ def connect(worker: Worker) -> Story[Line | None]:
     finally:
         if line is not None:
             line.close()
+
+
+def hello(worker: Worker) -> Message:
+    return Message(Kind.HELLO, worker.row.index, worker.row.incarnation, body=worker.ident.encode())
 
 
 def show(worker: Worker, line: Line) -> None:
@@ -105,7 +109,7 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
 def share(worker: Worker, entry: Entry) -> Story[None]:
     """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes.
 
-    A line that is there will do, even if the broker has been silent for long: it reads when it can, and we may not come by again.
+    Also if the broker has been silent for long: it reads when it can, and we may not come by again.
     """
     line: Line | None
     while True:
@@ -114,6 +118,7 @@ def share(worker: Worker, entry: Entry) -> Story[None]:
         except IndexError:
             line = yield from connect(worker)
         if line is None:
+            leave_duplicate(worker, entry)
             return
         try:
             send_duplicate(worker, line, entry)
@@ -122,6 +127,20 @@ def share(worker: Worker, entry: Entry) -> Story[None]:
             continue
         worker.lines.append(line)
         return
+
+
+def leave_duplicate(worker: Worker, entry: Entry) -> None:
+    """SHARE without waiting to be welcomed, on a link that ends at once: a broker that is silent finds it when it goes on. Nothing, if there is none."""
+    line = None
+    try:
+        line = Line(worker.path)
+        line.send(hello(worker))
+        send_duplicate(worker, line, entry)
+    except (OSError, LineLost):
+        pass
+    finally:
+        if line is not None:
+            line.close()
 
 
 def fetch(worker: Worker, k: int) -> Story[Entry | None]:

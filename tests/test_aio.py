@@ -469,9 +469,7 @@ def test_what_was_granted_to_a_cancelled_task_is_left_to_the_broker_until_it_has
             assert claims.is_granted(worker.words[lane.at])
             os.kill(broker.pid, signal.SIGCONT)
             eventually(lambda: not worker.words[lane.at])
-            while worker.abandoned:
-                await asyncio.sleep(0.001)
-                settle_abandoned(hands)
+            eventually(lambda: [settle_abandoned(hands)] and not worker.abandoned)  # type: ignore[func-returns-value]
             hands.done()
             assert line in worker.lines
             assert lane in worker.lanes

@@ -22,25 +22,10 @@ from mppool.states import Residence
 from mppool.testing import check_driver
 from tests.helpers.daemons import needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
-from tests.helpers.redis import PASSWORD, Server, redis_server, redis_server_with_tls
+from tests.helpers.redis import PASSWORD, Server, redis_server_with_tls
 from tests.helpers.storm import Ask, Peak, Storm
 
 pytestmark = needs("redis-server")
-
-
-@pytest.fixture(scope="module")
-def server_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as it:
-        yield it
-
-
-@pytest.fixture
-def redis_(server_of_module: Server) -> Iterator[Server]:
-    """Empty, and without clients; afterwards, too."""
-    server_of_module.judge.flushall()
-    eventually(lambda: not server_of_module.count(), what="the server has clients")
-    yield server_of_module
-    eventually(lambda: not server_of_module.count(), what="the server has clients left")
 
 
 Make = Callable[..., Any]

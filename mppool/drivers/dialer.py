@@ -115,13 +115,13 @@ def dial_failed(target: Target, error: OSError | UnicodeError) -> DialFailed:
 def adopt(fd: int) -> socket.socket: ...
 @overload
 def adopt(fd: int, kind: type[S]) -> S: ...
-def adopt(fd: int, kind: Any = socket.socket) -> Any:
+def adopt(fd: int, kind: type[socket.socket] = socket.socket) -> Any:
     """A socket object of its own, with timeout FOREVER, for a duplicate of ``fd``.
 
     Duplicated and wrapped in one step of the interpreter: whatever a signal handler throws, no descriptor is left open.
     """
     if issubclass(socket.socket, _socket.socket):
-        sock = kind.__new__(kind)
+        sock: Any = kind.__new__(kind)
         sock._io_refs, sock._closed = 0, False
         # What its __init__ in Python does: an exception before that one's first line would lose what is duplicated already.
         deque(map(partial(_socket.socket.__init__, sock, -1, -1, -1), map(os.dup, (fd,))), 0)

@@ -34,7 +34,10 @@ class Kill:
 
 
 class Throw:
-    """Raise at this very line, also where the interpreter never looks for signals."""
+    """Raise at this very line, also where the interpreter never looks for signals: what is lost there need not be so with a handler.
+
+    So it is at the end of a ``with`` block, before ``__exit__`` is called: a lock stays locked, and the process waits for it for ever.
+    """
 
     def __neg__(self) -> None:
         raise Thrown

@@ -17,7 +17,7 @@ from typing import Any
 
 from mppool.kernel import link
 
-__all__ = ["Child", "broker_process", "eventually", "fork"]
+__all__ = ["Child", "broker_process", "ended", "eventually", "fork"]
 
 _libc = ctypes.CDLL(None)
 
@@ -172,3 +172,14 @@ def eventually(condition: Callable[[], Any], timeout: float = 10.0, what: str = 
             return value
         assert time.monotonic() < until, f"not within {timeout} s: {what or condition}"
         time.sleep(0.002)
+
+
+def ended(process: subprocess.Popen[Any], timeout: float = 20.0) -> int:
+    """SIGTERM, and its exit code; killed if it does not end within so many seconds: TimeoutExpired."""
+    process.terminate()
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
