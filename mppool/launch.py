@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from mppool.errors import BrokerUnavailable
+from mppool.errors import BrokerUnavailable, Error
 from mppool.kernel import link
+from mppool.kernel.runtime import check_directory
 from mppool.kernel.systemd import without_service
 
 __all__ = ["ensure_broker"]
 
 START = 20  # seconds
+LOOK_AGAIN = 0.02  # seconds between two looks for the broker that somebody else starts
 IDLE_EXIT = 30  # seconds without workers after which a broker that was started by one ends
+ALREADY_RUNNING = 3
 
 
 def ensure_broker(path: str) -> None:
-    """Start a broker for this socket unless one answers. Raises BrokerUnavailable with what it said if it does not start."""
+    """Start a broker for this socket unless one answers. Of many processes that come at once one starts it, and the others wait for it.
+
+    Raises BrokerUnavailable with what it said if it does not start, or if there is none within 20 s.
+    """
+    until = time.monotonic() + START
+    while not answers(path):
+        with starting(path) as ours:
+            if ours:
+                if not answers(path):
+                    start(path)
+                return
+        if time.monotonic() > until:
+            raise none_within(path)
+        time.sleep(LOOK_AGAIN)
+
+
+def answers(path: str) -> bool:
     try:
         link.connect(path).close()
-        return
     except OSError:
-        pass
+        return False
+    return True
+
+
+@contextmanager
+def starting(path: str) -> Iterator[bool]:
+    """Is it ours to start the broker? Only one process at a time may, which locks the socket's directory (and leaves no file there)."""
+    try:
+        check_directory(path, create=True)
+        fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (Error, OSError):
+        yield True  # the broker will say what is wrong
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
+    finally:
+        os.close(fd)
+
+
+def start(path: str) -> None:
     import subprocess  # only here: `import mppool` is part of every worker's start
 
     command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", str(IDLE_EXIT), "--background"]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START, env=without_service())
     except subprocess.TimeoutExpired as error:
-        raise BrokerUnavailable(f"broker={path!r}: autostart: no broker within {START} s") from error
+        raise none_within(path) from error
     if done.returncode not in (0, ALREADY_RUNNING):
         said = done.stderr.decode(errors="replace").strip()
         raise BrokerUnavailable(f"broker={path!r}: autostart failed with exit code {done.returncode}: {said}")
 
 
-ALREADY_RUNNING = 3
+def none_within(path: str) -> BrokerUnavailable:
+    return BrokerUnavailable(f"broker={path!r}: autostart: no broker within {START} s")

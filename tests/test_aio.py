@@ -17,7 +17,7 @@ import mppool
 from mppool import claims
 from mppool.aio import wake
 from mppool.conversation import settle_abandoned
-from mppool.snapshot import waiting
+from mppool.table import H_WAITERS
 from mppool.worker import Hands
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.server import Judge
@@ -455,7 +455,7 @@ def test_what_was_granted_to_a_cancelled_task_is_left_to_the_broker_until_it_has
             lent = await pool.getconn()
             worker: Any = pool._worker
             waiter = asyncio.ensure_future(pool.getconn())
-            while not waiting(worker.table):
+            while not worker.table.halves[H_WAITERS]:
                 await asyncio.sleep(0.001)
             await pool.putconn(lent)  # the broker grants it, and the loop does not run meanwhile
             eventually(lambda: any(map(claims.is_granted, worker.table.lanes_of(worker.row.index))))

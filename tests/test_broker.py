@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -449,6 +451,31 @@ def test_autostart(server: Judge, socket_path: str) -> None:
         with pool.connection(timeout=5) as sock:
             assert ask(sock, "x") == 1
         pool.close()
+    for process in processes_of(socket_path):
+        if "broker" in process.cmdline():
+            process.send_signal(signal.SIGTERM)
+
+
+def test_of_many_that_come_at_once_one_starts_the_broker(server: Judge, socket_path: str, tmp_path: Path) -> None:
+    """Thirty processes find none: one starts it, the others wait for it, and all are served."""
+    workers, started = 30, tmp_path / "started"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho $$ >>{started}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+
+    def use(child: Child) -> int:
+        sys.executable = str(python)
+        child.hear()
+        with mppool.Pool(server.address, max_size=2, name="auto", broker=socket_path, autostart=True) as pool, pool.connection() as sock:
+            ask(sock, "x")
+        return 1
+
+    with fork(*[use] * workers) as children:
+        for child in children:
+            child.tell()
+        assert sum(child.result() for child in children) == workers
+        assert server.counts()["peak"] <= 2
+    assert len(started.read_text().split()) == 1
     for process in processes_of(socket_path):
         if "broker" in process.cmdline():
             process.send_signal(signal.SIGTERM)

@@ -20,10 +20,9 @@ from mppool.drivers.redis import RedisDriver
 from mppool.integrations.redis import BlockingConnectionPool, ConnectionPool
 from mppool.states import Residence
 from mppool.testing import check_driver
-from tests.helpers.certificates import self_signed
-from tests.helpers.daemons import free_port, needs
+from tests.helpers.daemons import needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
-from tests.helpers.redis import PASSWORD, Server, redis_server
+from tests.helpers.redis import PASSWORD, Server, redis_server_with_tls
 from tests.helpers.storm import Ask, Peak, Storm
 
 pytestmark = needs("redis-server")
@@ -529,13 +528,8 @@ def test_no_timeout_is_no_blocking_socket(redis_: Server, make: Make) -> None:
 @needs("openssl")
 def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> None:
     """rediss://: sessions stay with their process; the cap is the host's all the same, and who waits gets another's idle place."""
-    key, certificate = self_signed(tmp_path)
-    port = free_port()
-    options = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no")
-    with redis_server(tmp_path, *options) as server:
-        pool = BlockingConnectionPool.from_url(
-            f"rediss://:{PASSWORD}@127.0.0.1:{port}/0", ssl_ca_certs=certificate, max_connections=1, timeout=10, broker=broker.path
-        )
+    with redis_server_with_tls(tmp_path) as (server, url):
+        pool = BlockingConnectionPool.from_url(url, max_connections=1, timeout=10, broker=broker.path)
         client: Any = redis.Redis(connection_pool=pool)
         with fork(answering(client)) as (child,):
             with Peak(server.count) as peak:

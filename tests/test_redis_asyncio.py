@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ from mppool.drivers.redis import AsyncRedisDriver
 from mppool.integrations.redis import BlockingConnectionPool as SyncPool
 from mppool.integrations.redis.asyncio import BlockingConnectionPool, ConnectionPool
 from mppool.kernel import link
+from mppool.states import Residence
 from tests.helpers.daemons import needs
-from tests.helpers.processes import BrokerProcess, Child, fork
-from tests.helpers.redis import PASSWORD, Server
+from tests.helpers.processes import BrokerProcess, Child, eventually, fork
+from tests.helpers.redis import PASSWORD, Server, redis_server_with_tls
 from tests.helpers.storm import Ask, Peak, Storm
 from tests.test_aio import on_asyncio, on_uvloop, run  # noqa: F401 (a fixture)
 
@@ -333,6 +335,96 @@ def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
                 assert ended == [True]
 
     run(main())
+
+
+def test_a_subscriber_reconnects_and_its_connection_ends_with_it(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """As with redis-py's own pool: subscriptions outlive a lost connection, and what subscribed is not lent to anybody. The cap holds all along."""
+
+    async def main() -> None:
+        async with make.client(max_connections=2, retry=Retry(NoBackoff(), 3)) as client:
+            await client.ping()
+            with Peak(redis_.count) as peak:
+                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe("c")
+                    await pubsub.psubscribe("p*")
+                    for n in range(3):
+                        for channel in ("c", "pattern"):
+                            hearing = asyncio.ensure_future(anext(pubsub.listen()))
+                            while not await client.publish(channel, f"{channel}{n}"):
+                                assert not hearing.done()  # it reconnects
+                            assert (await hearing)["data"] == f"{channel}{n}".encode()
+                        redis_.judge.client_kill_filter(_type="pubsub")
+                    subscribed = pubsub.connection
+                assert not subscribed.is_connected
+                assert client.connection_pool.mppool.get_stats()["in_use"] == 0
+                assert [await client.echo(f"n{n}") for n in range(5)] == [f"n{n}".encode() for n in range(5)]
+            assert peak.most <= 2
+            assert redis_.judge.pubsub_channels() == []
+
+    run(main())
+
+    run(main())
+
+
+def test_commands_that_block_hold_one_connection_each(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """Others work beside them; who waits for a connection gets it when one has its answer; one that is cancelled loses no element to nobody."""
+
+    async def main() -> None:
+        async with make.client(max_connections=3) as client:
+            blocked = [asyncio.ensure_future(client.blpop(f"list{n}", timeout=0)) for n in range(2)]
+            while client.connection_pool.mppool.get_stats()["in_use"] < 2:
+                await asyncio.sleep(0.001)
+            waiting = [asyncio.ensure_future(client.blmove("from", "to", timeout=0)) for _ in range(4)]
+            blocked[0].cancel()
+            await asyncio.wait((blocked[0],))
+            redis_.judge.rpush("from", *"abcd")
+            assert sorted(await asyncio.gather(*waiting)) == [b"a", b"b", b"c", b"d"]
+            redis_.judge.rpush("list0", "kept")
+            redis_.judge.rpush("list1", "x")
+            assert list(await blocked[1]) == [b"list1", b"x"]
+            assert await client.lpop("list0") == b"kept"
+
+    run(main())
+
+
+@needs("openssl")
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_over_tls_sessions_stay_but_count(run: Run, tmp_path: Path, broker: BrokerProcess, protocol: int) -> None:  # noqa: F811
+    """rediss://: the cap is the host's, who waits gets another's idle place, cancelled commands cross no reply, and an end is seen before the next lease."""
+    with redis_server_with_tls(tmp_path) as (server, url):
+
+        def pool(kind: Any) -> Any:
+            return kind.from_url(f"{url}&protocol={protocol}", max_connections=1, timeout=10, broker=broker.path)
+
+        async def main(child: Child) -> None:
+            client: Any = redis.asyncio.Redis(connection_pool=pool(BlockingConnectionPool))
+            for n in range(5):
+                assert [await client.echo(f"p{n}{m}") for m in range(3)] == [f"p{n}{m}".encode() for m in range(3)]
+                child.tell(n)
+                assert child.hear() == n
+            blocked = asyncio.ensure_future(client.blpop("nothing", timeout=0))
+            while not server.judge.info("clients")["blocked_clients"]:
+                await asyncio.sleep(0.001)
+            blocked.cancel()
+            await asyncio.wait((blocked,))
+            number = await client.client_id()
+            server.judge.client_kill_filter(_id=number)
+            eventually(lambda: not server.count())
+            assert await client.client_id() != number
+            assert client.connection_pool._driver.residence(None) is Residence.tls
+            await client.connection_pool.aclose()
+
+        def other(child: Child) -> None:
+            client = redis.Redis(connection_pool=pool(SyncPool))
+            for n in range(5):
+                assert child.hear() == n
+                assert client.echo(f"c{n}") == f"c{n}".encode()
+                child.tell(n)
+
+        with Peak(server.count) as peak, fork(other) as (child,):
+            run(main(child))
+            child.result()
+        assert peak.most == 1
 
 
 @pytest.mark.storm

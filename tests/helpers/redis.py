@@ -9,9 +9,10 @@ from typing import Any
 
 import redis
 
+from tests.helpers.certificates import self_signed
 from tests.helpers.daemons import daemon, free_port
 
-__all__ = ["PASSWORD", "Server", "redis_server"]
+__all__ = ["PASSWORD", "Server", "redis_server", "redis_server_with_tls"]
 
 PASSWORD = "s3cret"
 
@@ -49,3 +50,13 @@ def redis_server(directory: Path, *options: str, tls_port: int = 0) -> Iterator[
             yield server
         finally:
             server.judge.close()
+
+
+@contextlib.contextmanager
+def redis_server_with_tls(directory: Path) -> Iterator[tuple[Server, str]]:
+    """One that offers TLS as well, and the URL for that, to which options may be added."""
+    key, certificate = self_signed(directory)
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no")
+    with redis_server(directory, *options) as server:
+        yield server, f"rediss://:{PASSWORD}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}&ssl_check_hostname=false"
