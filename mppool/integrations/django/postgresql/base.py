@@ -73,7 +73,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     def get_connection_params(self) -> dict[str, Any]:
         params: dict[str, Any] = super().get_connection_params()
-        for name in OURS & params.keys():
+        for name in (OURS | {"pool"}) & params.keys():  # "pool" is there before Django 5.1
             del params[name]
         if self.timezone_name:
             # At the login, so that a reset falls back to it: Django need not set it again and again.
