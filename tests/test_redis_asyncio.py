@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ import mppool
 from mppool.drivers.redis import AsyncRedisDriver
 from mppool.integrations.redis import BlockingConnectionPool as SyncPool
 from mppool.integrations.redis.asyncio import BlockingConnectionPool, ConnectionPool
+from mppool.kernel import link
 from tests.helpers.daemons import needs
 from tests.helpers.processes import BrokerProcess, Child, fork
 from tests.helpers.redis import PASSWORD, Server
@@ -305,6 +307,32 @@ def test_not_even_with_a_redis_py_that_leaks(redis_: Server, make: Maker) -> Non
                 assert await client.echo(f"n{n}") == f"n{n}".encode()
 
     on_asyncio(main())
+
+
+def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
+    """When the permit goes back the server has been told of the end: the next connection comes after it. No turn of the loop is waited for."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1])
+            ended: list[bool] = []
+
+            async def dial() -> None:
+                try:
+                    await driver.dial()
+                finally:
+                    ended.append(link.has_ended(theirs))
+
+            dialing = asyncio.ensure_future(dial())
+            theirs, _ = await asyncio.to_thread(listener.accept)
+            with theirs:
+                assert await asyncio.to_thread(theirs.recv, 4096)  # it says who it is, and waits for the answer
+                dialing.cancel()
+                await asyncio.wait((dialing,))
+                assert dialing.cancelled()
+                assert ended == [True]
+
+    run(main())
 
 
 @pytest.mark.storm
