@@ -205,7 +205,7 @@ def test_transactions(project: Project) -> None:
         connection.close()
         return [*said, Note.objects.count()]
 
-    assert project.run(work) == ["committed", 1]
+    assert project.run(work) in (["committed", 1], ["committed", "1", 1])  # before 5.1 Django connects anew within the block
     assert all(backend["state"] == "idle" for backend in project.database.backends())
 
 

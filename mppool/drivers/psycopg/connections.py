@@ -17,7 +17,7 @@ from psycopg import pq
 
 from mppool.drivers.postgres import cancel_request
 from mppool.drivers.psycopg.connecting import Login, movable_gen
-from mppool.drivers.psycopg.libpq import Waits, bury
+from mppool.drivers.psycopg.libpq import Waits, bury, in_time
 from mppool.drivers.streams import within
 from mppool.states import Residence
 
@@ -67,7 +67,8 @@ class Movable:
 
     @classmethod
     def _connect_gen(cls, conninfo: str = "", **options: Any) -> Waits[Any]:
-        return movable_gen(cls, super()._connect_gen, conninfo, options)  # type: ignore[misc]
+        making = movable_gen(cls, super()._connect_gen, conninfo, options)  # type: ignore[misc]
+        return in_time(making, options["timeout"]) if options.get("timeout") else making
 
     def __del__(self, *_: Any) -> None:
         """Forgotten, not closed: others may have the session. (libpq's own end would say goodbye on it.)"""

@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from mppool.drivers.dialer import abandon, prepare
 from mppool.drivers.postgres import SSL_REQUEST, greeting_of, refusal_in
 from mppool.errors import ProtocolError
 
-__all__ = ["Waits", "bury", "by_itself", "connected", "forked", "offers_tls", "relayed", "remember", "replay"]
+__all__ = ["Waits", "bury", "by_itself", "connected", "forked", "in_time", "offers_tls", "relayed", "remember", "replay"]
 
 KEEPALIVE = {
     "keepalives_idle": socket.TCP_KEEPIDLE,
@@ -221,6 +222,22 @@ def bury(pgconn: pq.abc.PGconn) -> None:
 def remember(conn: psycopg.BaseConnection[Any]) -> None:
     """It has a connection that a forked child must let go of."""
     _made.add(conn)
+
+
+def in_time(making: Waits[C], seconds: float) -> Waits[C]:
+    """psycopg before 3.3 leaves it to its generators to give up after ``connect_timeout``. Raises ConnectionTimeout."""
+    deadline = time.monotonic() + seconds
+    try:
+        wanted = next(making)
+        while True:
+            ready = yield wanted
+            if time.monotonic() > deadline:
+                raise psycopg.errors.ConnectionTimeout("connection timeout expired")
+            wanted = making.send(ready)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        making.close()
 
 
 def by_itself(making: Waits[C]) -> Waits[C]:

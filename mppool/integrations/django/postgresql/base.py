@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 
 try:
     from django.core.exceptions import ImproperlyConfigured
+    from django.db.backends.base.base import NO_DB_ALIAS
     from django.db.backends.postgresql import base
     from django.db.backends.postgresql.psycopg_any import IsolationLevel
     from django.utils.asyncio import async_unsafe
@@ -72,7 +73,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     def get_connection_params(self) -> dict[str, Any]:
         params: dict[str, Any] = super().get_connection_params()
-        for name in OURS & params.keys():
+        for name in (OURS | {"pool"}) & params.keys():  # "pool" is there before Django 5.1
             del params[name]
         if self.timezone_name:
             # At the login, so that a reset falls back to it: Django need not set it again and again.
@@ -81,7 +82,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     @async_unsafe
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
-        if self.alias == base.NO_DB_ALIAS:
+        if self.alias == NO_DB_ALIAS:
             return super().get_new_connection(conn_params)
         level = self.settings_dict["OPTIONS"].get("isolation_level")
         try:
@@ -121,6 +122,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
         pool.close()
 
     def ensure_timezone(self) -> bool:
+        """Django's own, but that it closes no pool, as Django does since 5.1."""
+        if not hasattr(self, "_configure_timezone"):
+            return bool(super().ensure_timezone())
         return self.connection is not None and bool(self._configure_timezone(self.connection))
 
     def _shared(self, params: dict[str, Any]) -> Pool:
