@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ import mppool
 from mppool.drivers.redis import AsyncRedisDriver
 from mppool.integrations.redis import BlockingConnectionPool as SyncPool
 from mppool.integrations.redis.asyncio import BlockingConnectionPool, ConnectionPool
+from mppool.kernel import link
 from mppool.states import Residence
 from tests.helpers.daemons import needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -313,7 +315,7 @@ def test_a_subscriber_reconnects_and_its_connection_ends_with_it(run: Run, redis
     """As with redis-py's own pool: subscriptions outlive a lost connection, and what subscribed is not lent to anybody. The cap holds all along."""
 
     async def main() -> None:
-        async with make.client(max_connections=2, retry=Retry(NoBackoff(), 3)) as client:
+        async with make.client(max_connections=2, retry=Retry(NoBackoff(), 3), socket_timeout=None) as client:
             await client.ping()
             with Peak(redis_.count) as peak:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -333,6 +335,30 @@ def test_a_subscriber_reconnects_and_its_connection_ends_with_it(run: Run, redis
             assert peak.most <= 2
             assert redis_.judge.pubsub_channels() == []
 
+
+def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
+    """When the permit goes back the server has been told of the end: the next connection comes after it. No turn of the loop is waited for."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1])
+            ended: list[bool] = []
+
+            async def dial() -> None:
+                try:
+                    await driver.dial()
+                finally:
+                    ended.append(link.has_ended(theirs))
+
+            dialing = asyncio.ensure_future(dial())
+            theirs, _ = await asyncio.to_thread(listener.accept)
+            with theirs:
+                assert await asyncio.to_thread(theirs.recv, 4096)  # it says who it is, and waits for the answer
+                dialing.cancel()
+                await asyncio.wait((dialing,))
+                assert dialing.cancelled()
+                assert ended == [True]
+
     run(main())
 
 
@@ -340,7 +366,7 @@ def test_commands_that_block_hold_one_connection_each(run: Run, redis_: Server, 
     """Others work beside them; who waits for a connection gets it when one has its answer; one that is cancelled loses no element to nobody."""
 
     async def main() -> None:
-        async with make.client(max_connections=3) as client:
+        async with make.client(max_connections=3, socket_timeout=None) as client:
             blocked = [asyncio.ensure_future(client.blpop(f"list{n}", timeout=0)) for n in range(2)]
             while client.connection_pool.mppool.get_stats()["in_use"] < 2:
                 await asyncio.sleep(0.001)
@@ -364,7 +390,7 @@ def test_over_tls_sessions_stay_but_count(run: Run, tmp_path: Path, broker: Brok
     with redis_server_with_tls(tmp_path) as (server, url):
 
         def pool(kind: Any) -> Any:
-            return kind.from_url(f"{url}&protocol={protocol}", max_connections=1, timeout=10, broker=broker.path)
+            return kind.from_url(f"{url}&protocol={protocol}", max_connections=1, timeout=10, socket_timeout=None, broker=broker.path)
 
         async def main(child: Child) -> None:
             client: Any = redis.asyncio.Redis(connection_pool=pool(BlockingConnectionPool))

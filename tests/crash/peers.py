@@ -178,6 +178,11 @@ class Worker:
         lines = Counter(f"link {line.sock.fileno()}" for line in [*part.lines, *(line for line, _ in part.abandoned)])
         return [what for what, count in (lanes + lines).items() if count > 1]
 
+    def links(self) -> int:
+        """To the broker. As many are kept as were ever in use at once."""
+        part = self.pool._worker
+        return len(part.lines) + len(part.abandoned) if part is not None else 0
+
     def state(self) -> str:
         """What this process knows of its lanes and sessions: for the report of a loss."""
         part = self.pool._worker

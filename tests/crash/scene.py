@@ -172,7 +172,10 @@ class Scene:
         """Of each process that lives on, what is open and why is not known."""
         found = {"survivor": self.survivor.do("stray_descriptors")}
         if self.broker is not None:
-            found["broker"] = descriptors(self.broker.pid)
+            found["broker"] = broker = descriptors(self.broker.pid)
+            sockets = [fd for fd, what in broker.items() if what.startswith("socket:")]
+            for fd in sockets[: self.survivor.do("links")]:
+                del broker[fd]
         return found
 
     # The end.
@@ -231,8 +234,16 @@ class Broker:
 
     def answers(self) -> bool:
         if self.has_ended():
-            raise Lost("the broker ended")
+            raise Lost(f"the broker ended: {self.last_words()}")
         return answers(self.path)
+
+    def last_words(self) -> str:
+        try:
+            return str(self._child.hear())
+        except EOFError:
+            return "killed"
+        except AssertionError as error:
+            return " ".join(str(error).split())
 
     def has_ended(self) -> bool:
         return self._child.status is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None

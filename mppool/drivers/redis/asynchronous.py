@@ -27,10 +27,11 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
         session = self.login.make()
         try:
             await session.connect()
-        except redis.RedisError as error:
-            raise self.failed(error) from error
-        except BaseException:
+        except BaseException as error:
+            session._shut_down()
             self.abort(session)
+            if isinstance(error, redis.RedisError):
+                raise self.failed(error) from error
             raise
         session.settled(session._writer)
         return session

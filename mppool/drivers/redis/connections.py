@@ -151,8 +151,8 @@ class AsyncPooled(Counting):
         super()._close()  # type: ignore[misc]
 
     def _shut_down(self) -> None:
-        """The pool has a duplicate of the connection: closing ours alone would not end it."""
-        if self._writer is None or self.own is None:
+        """Closing takes a turn of the loop, and would not end the connection if the pool has a duplicate."""
+        if self._writer is None:
             return
         fd = fileno(self._writer.transport)
         if fd >= 0:
