@@ -341,7 +341,7 @@ def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1])
+            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1], socket_timeout=None)
             ended: list[bool] = []
 
             async def dial() -> None:
