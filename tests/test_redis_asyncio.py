@@ -311,12 +311,37 @@ def test_not_even_with_a_redis_py_that_leaks(redis_: Server, make: Maker) -> Non
     on_asyncio(main())
 
 
+def test_a_subscriber_reconnects_and_its_connection_ends_with_it(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
+    """As with redis-py's own pool: subscriptions outlive a lost connection, and what subscribed is not lent to anybody. The cap holds all along."""
+
+    async def main() -> None:
+        async with make.client(max_connections=2, retry=Retry(NoBackoff(), 3), socket_timeout=None) as client:
+            await client.ping()
+            with Peak(redis_.count) as peak:
+                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe("c")
+                    await pubsub.psubscribe("p*")
+                    for n in range(3):
+                        for channel in ("c", "pattern"):
+                            hearing = asyncio.ensure_future(anext(pubsub.listen()))
+                            while not await client.publish(channel, f"{channel}{n}"):
+                                assert not hearing.done()  # it reconnects
+                            assert (await hearing)["data"] == f"{channel}{n}".encode()
+                        redis_.judge.client_kill_filter(_type="pubsub")
+                    subscribed = pubsub.connection
+                assert not subscribed.is_connected
+                assert client.connection_pool.mppool.get_stats()["in_use"] == 0
+                assert [await client.echo(f"n{n}") for n in range(5)] == [f"n{n}".encode() for n in range(5)]
+            assert peak.most <= 2
+            assert redis_.judge.pubsub_channels() == []
+
+
 def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
     """When the permit goes back the server has been told of the end: the next connection comes after it. No turn of the loop is waited for."""
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1])
+            driver = AsyncRedisDriver(host="127.0.0.1", port=listener.getsockname()[1], socket_timeout=None)
             ended: list[bool] = []
 
             async def dial() -> None:
@@ -337,40 +362,11 @@ def test_a_cancelled_login_ends_at_once(run: Run) -> None:  # noqa: F811
     run(main())
 
 
-def test_a_subscriber_reconnects_and_its_connection_ends_with_it(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
-    """As with redis-py's own pool: subscriptions outlive a lost connection, and what subscribed is not lent to anybody. The cap holds all along."""
-
-    async def main() -> None:
-        async with make.client(max_connections=2, retry=Retry(NoBackoff(), 3)) as client:
-            await client.ping()
-            with Peak(redis_.count) as peak:
-                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe("c")
-                    await pubsub.psubscribe("p*")
-                    for n in range(3):
-                        for channel in ("c", "pattern"):
-                            hearing = asyncio.ensure_future(anext(pubsub.listen()))
-                            while not await client.publish(channel, f"{channel}{n}"):
-                                assert not hearing.done()  # it reconnects
-                            assert (await hearing)["data"] == f"{channel}{n}".encode()
-                        redis_.judge.client_kill_filter(_type="pubsub")
-                    subscribed = pubsub.connection
-                assert not subscribed.is_connected
-                assert client.connection_pool.mppool.get_stats()["in_use"] == 0
-                assert [await client.echo(f"n{n}") for n in range(5)] == [f"n{n}".encode() for n in range(5)]
-            assert peak.most <= 2
-            assert redis_.judge.pubsub_channels() == []
-
-    run(main())
-
-    run(main())
-
-
 def test_commands_that_block_hold_one_connection_each(run: Run, redis_: Server, make: Maker) -> None:  # noqa: F811
     """Others work beside them; who waits for a connection gets it when one has its answer; one that is cancelled loses no element to nobody."""
 
     async def main() -> None:
-        async with make.client(max_connections=3) as client:
+        async with make.client(max_connections=3, socket_timeout=None) as client:
             blocked = [asyncio.ensure_future(client.blpop(f"list{n}", timeout=0)) for n in range(2)]
             while client.connection_pool.mppool.get_stats()["in_use"] < 2:
                 await asyncio.sleep(0.001)
@@ -394,7 +390,7 @@ def test_over_tls_sessions_stay_but_count(run: Run, tmp_path: Path, broker: Brok
     with redis_server_with_tls(tmp_path) as (server, url):
 
         def pool(kind: Any) -> Any:
-            return kind.from_url(f"{url}&protocol={protocol}", max_connections=1, timeout=10, broker=broker.path)
+            return kind.from_url(f"{url}&protocol={protocol}", max_connections=1, timeout=10, socket_timeout=None, broker=broker.path)
 
         async def main(child: Child) -> None:
             client: Any = redis.asyncio.Redis(connection_pool=pool(BlockingConnectionPool))

@@ -43,6 +43,8 @@ def green(early: bool) -> None:
     users = [gevent.spawn(use, pool, tally, f"green{n}", 6, 3) for n in range(GREENLETS)]
     ticker = gevent.spawn(tick, tally, stalls)
     gevent.joinall(users, raise_error=True)
+    while not stalls:
+        gevent.sleep(0.005)
     ticker.kill()
     pool.close()
     tally.add("note", f"longest stall {max(stalls) * 1000:.0f} ms")
