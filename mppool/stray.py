@@ -16,7 +16,7 @@ from mppool.worker import Worker
 __all__ = ["let_go", "settle_strays"]
 
 PACKAGE = __name__.partition(".")[0]
-OUTSIDE = ("mppool.kernel.link", "mppool.drivers")  # called from anywhere
+OUTSIDE = ("mppool.kernel.link", "mppool.drivers", "mppool.integrations")  # called from anywhere, or calling a client that calls us again
 
 
 def settle_strays(worker: Worker) -> None:

@@ -311,6 +311,16 @@ def test_an_interrupted_command_gives_nobody_its_answer(memcached: Memcached, br
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_lease_lost_to_an_interruption_is_found(memcached: Memcached, broker: BrokerProcess) -> None:
+    """An exception can fall between the two halves of ``ready = leases.pop(...)``. Whoever waits next finds the stray, also from within a client's code."""
+    with client_of(memcached.server, broker, max_pool_size=1, pool_timeout=10) as client:
+        client.set("a", "text")
+        pool = client.client_pool.pool
+        del pool._worker.leases[id(pool.getconn())]
+        assert client.get("a") == b"text"
+        assert pool.get_stats()["closed"] == {"discarded": 1}
+
+
 def test_after_an_error_the_connection_is_closed_as_pymemcache_does(memcached: Memcached, broker: BrokerProcess) -> None:
     """Errors of the server and of the serializer close it; illegal input, which is found before anything is sent, does not."""
     with client_of(memcached.server, broker, max_pool_size=1, default_noreply=False) as client:
