@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 from mppool import claims
 from mppool.attached import Entry
 from mppool.checkout import checkout, timed_out
-from mppool.conversation import settle_abandoned
 from mppool.dialing import prewarm
 from mppool.drivers.base import AsyncDriverBase, DriverBase
-from mppool.drivers.streams import AsyncRawDriver, StreamDriver, running
+from mppool.drivers.streams import AsyncRawDriver, StreamDriver
 from mppool.errors import Error, OptionError, PoolTimeout, TooManyWaiting
 from mppool.kernel import link
 from mppool.launch import ensure_broker
@@ -73,7 +72,6 @@ class AsyncPool(Shell):
             raise OptionError("debug=True: AsyncPool has no such mode")
         self._streams = streams
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._settling: set[asyncio.Task[None]] = set()
         self._gate = Gate(0)  # made with what this process has of the pool
         super().__init__(target, max_size=max_size, name=name, driver=driver, broker=broker, autostart=autostart, **options)
 
@@ -106,7 +104,6 @@ class AsyncPool(Shell):
         except BaseException as error:
             with understood(worker):
                 self._unwind_checkout(worker, error, hands, taken[0] if taken else None)
-                self._settle_abandoned(worker)
                 raise
 
     async def _lend(self, hands: Hands, timeout: float, found: Entry | None) -> Any:
@@ -146,7 +143,7 @@ class AsyncPool(Shell):
             with understood(worker):
                 self._unwind_return(worker, error, hands, conn, ready)
                 raise
-        if worker.words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
+        if worker.words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not (worker.comes_right_back(ready[0]) or worker.look())):
             await self._tell(worker, after_return)
         if worker is self._leaving:
             self._leave_if_done(worker)
@@ -180,21 +177,6 @@ class AsyncPool(Shell):
                 self._unwind(worker, error, hands)
                 raise
 
-    def _settle_abandoned(self, worker: Worker) -> None:
-        """A cancelled task waited for the broker, which may just have granted it a session: others may be waiting for that, also here."""
-        if worker.abandoned and worker.guard[0] and running() is self._loop:
-            task = asyncio.ensure_future(self._settle(worker))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
-
-    async def _settle(self, worker: Worker) -> None:
-        try:
-            await self._tell(worker, settle_abandoned)
-        except Error:
-            pass  # whoever comes next meets it, too
-        finally:
-            self._leave_if_done(worker)
-
     # The pool.
 
     async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
@@ -216,7 +198,6 @@ class AsyncPool(Shell):
         Tasks that wait for a session get PoolClosed, within a second. Does not end the pool for other workers. May be repeated.
         """
         self._close()
-        await asyncio.gather(*self._settling, return_exceptions=True)
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
     async def resize(self, max_size: int, *, min_size: int | None = None) -> None:

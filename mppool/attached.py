@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,14 @@ class Entry:
     ``sock`` is a duplicate that the entry owns, None if the session has no socket: looking at the session and ending it go through it.
     """
 
-    __slots__ = ("closed", "conn", "generation", "lent", "poll", "residence", "slot", "sock", "uses")
+    __slots__ = ("block", "closed", "conn", "generation", "lent", "poll", "residence", "slot", "sock", "turn_ends", "uses")
 
     def __init__(self, slot: Slot, generation: int, uses: int, conn: Any, fd: int) -> None:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
+        self.turn_ends = 0  # nanoseconds: see worker.TURN
+        self.block: tuple[weakref.ref[Any], int] | None = None  # the ``with`` block that had it last, and which of its uses that was
         self.conn = conn
         self.residence = Residence.moves
         self.closed = False  # by its driver

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mppool.desk import Desk, Duplicate, shut, take_socket
 from mppool.errors import BrokerUnavailable, ProtocolError
@@ -33,13 +34,21 @@ Key = tuple[str, int, int]  # pool, slot, generation
 
 
 class Bond:
-    """``desks`` are the broker's; ``watch`` and ``unwatch`` are its loop's."""
+    """``desks`` are the broker's; ``watch`` and ``unwatch`` are its loop's; ``guarded`` is how it lets a desk look at its table, which may be damaged."""
 
-    def __init__(self, path: str, desks: dict[str, Desk], watch: Callable[[int, Callable[[], object]], None], unwatch: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        path: str,
+        desks: dict[str, Desk],
+        watch: Callable[[int, Callable[[], object]], None],
+        unwatch: Callable[[int], None],
+        guarded: Callable[[Desk, Callable[[], object]], object],
+    ) -> None:
         self.path = keeper_path(path)
         self.desks = desks
         self.watch = watch
         self.unwatch = unwatch
+        self.guarded = guarded
         self.link: socket.socket | None = None
         self.starting: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
@@ -171,18 +180,25 @@ class Bond:
         if sock is None:
             return False
         ident, body = unpack_held(message.body)
-        desk, k = self.desks.get(ident), message.number
-        if desk is not None and k < desk.table.slots and desk.words[desk.table.generation + k] == message.serial and desk.table.is_session(k, fd):
-            if desk.current(k) is None and k not in desk.closing:
-                duplicate = Duplicate(message.serial, sock, body, bool(message.flags & RESIDENT))
-                duplicate.kept = kept
-                desk.adopt(k, duplicate)
-            else:
-                sock.close()
+        desk = self.desks.get(ident)
+        if desk is not None and self.guarded(desk, partial(self.hand_over, desk, message, sock, body, kept)):
             return True
         shut(sock, socket.SHUT_RDWR)
         sock.close()
         return False
+
+    def hand_over(self, desk: Desk, message: Message, sock: socket.socket, body: bytes, kept: bool) -> bool:
+        """To its desk, unless that has it already. False: it is not what the table says, and still ours."""
+        k = message.number
+        if k >= desk.table.slots or desk.words[desk.table.generation + k] != message.serial or not desk.table.is_session(k, sock.fileno()):
+            return False
+        if desk.current(k) is None and k not in desk.closing:
+            duplicate = Duplicate(message.serial, sock, body, bool(message.flags & RESIDENT))
+            duplicate.kept = kept
+            desk.adopt(k, duplicate)
+        else:
+            sock.close()
+        return True
 
     def put(self, desk: Desk, k: int, duplicate: Duplicate) -> None:
         self.lacking.append((desk, k, duplicate))
@@ -230,7 +246,7 @@ class Bond:
                 desk = self.desks.get(ident)
                 if desk is not None:
                     self.held.add((ident, message.number, message.serial))
-                    desk.kept(message.number, message.serial)
+                    self.guarded(desk, partial(desk.kept, message.number, message.serial))
         except BlockingIOError:
             self.put_lacking()
         except (OSError, ProtocolError):

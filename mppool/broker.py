@@ -89,7 +89,7 @@ class Broker:
         self.desks: dict[str, Desk] = {}
         self.busy: set[str] = set()
         self.shunned: dict[str, float] = {}  # pools that were given up, and until when
-        self.bond = Bond(self.path, self.desks, self.watch, self.unwatch)
+        self.bond = Bond(self.path, self.desks, self.watch, self.unwatch, self.guarded)
         self.next_tick = 0.0
         self.next_beat = 0.0
         self.next_status = 0.0
@@ -153,6 +153,8 @@ class Broker:
         return None
 
     def shun(self, desk: Desk, error: Exception) -> None:
+        if self.desks.get(desk.ident) is not desk:
+            return  # done: this is what followed
         log.error("pool %r is given up for %g s: %s", desk.name, SHUN, error, exc_info=not isinstance(error, Error))
         self.shunned[desk.ident] = time.monotonic() + SHUN
         self.give_up(desk)
@@ -304,10 +306,10 @@ class Broker:
         self.newcomers.discard(link)
         desk, link.desk = link.desk, None
         if desk is not None:
-            self.drain(link, desk)
+            self.guarded(desk, partial(self.drain, link, desk))
         link.sock.close()
-        if desk is not None:
-            desk.link_ended(link)
+        if desk is not None and self.desks.get(desk.ident) is desk:
+            self.guarded(desk, partial(desk.link_ended, link))
 
     def drain(self, link: WorkerLink, desk: Desk) -> None:
         """Take the duplicates that are on their way to us; no more can follow."""

@@ -22,13 +22,13 @@ from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolClosed, PoolTimeout
 from mppool.exchange import why_expired
 from mppool.line import Descriptor
-from mppool.returning import discard
+from mppool.returning import discard, tell
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
-from mppool.worker import Hands, Worker
+from mppool.worker import TURN, Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
 
@@ -59,6 +59,7 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
             held = yield from wait(hands, began, timeout)
             worker.note_waiting(hands, False)
             count_wait(worker, time.monotonic() - began)
+            held[1].turn_ends = time.monotonic_ns() + TURN
         return worker.lend(*held)
     except BaseException as error:
         worker.note_waiting(hands, False)
@@ -79,13 +80,14 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     pause = FIRST_POLL
     front = False
     settle_strays(worker)
-    yield from settle_abandoned(hands)
-    yield from give_up_idle(hands)
+    if worker.idle:
+        yield from give_up_idle(hands)
     while True:
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
+        settle_abandoned(hands)
         line = None if is_crowded(worker) else (yield from connect(worker))
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
@@ -134,8 +136,6 @@ def count_wait(worker: Worker, seconds: float) -> None:
     worker.bump(R_WAITS)
     worker.bump(R_WAIT_US, int(seconds * 1e6))
     worker.waited(seconds)
-    worker.turns += 1
-    worker.credit = worker.turns % 2
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:
@@ -242,7 +242,8 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         reason = CloseReason.check_failed
         if worker.options.check is not None:
             yield Call(worker.options.check, entry.conn)
-    except Exception:
+    except Exception as error:
+        tell(worker, reason, error)
         yield from discard(hands, lane, entry, reason)
         return False
     return True

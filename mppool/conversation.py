@@ -54,7 +54,7 @@ def connect(worker: Worker) -> Story[Line | None]:
     line = None
     try:
         line = Line(worker.path)
-        line.send(Message(Kind.HELLO, worker.row.index, worker.row.incarnation, body=worker.ident.encode()))
+        line.send(hello(worker))
         answer = yield Receive(line, now + ANSWER)
         if answer is None:
             worker.next_try = now + 2 * ANSWER
@@ -74,6 +74,10 @@ def connect(worker: Worker) -> Story[Line | None]:
     finally:
         if line is not None:
             line.close()
+
+
+def hello(worker: Worker) -> Message:
+    return Message(Kind.HELLO, worker.row.index, worker.row.incarnation, body=worker.ident.encode())
 
 
 def show(worker: Worker, line: Line) -> None:
@@ -105,7 +109,7 @@ def send_duplicate(worker: Worker, line: Line, entry: Entry) -> None:
 def share(worker: Worker, entry: Entry) -> Story[None]:
     """Give the broker a duplicate of a new session, if there is a broker; else it gets it when it comes.
 
-    A line that is there will do, even if the broker has been silent for long: it reads when it can, and we may not come by again.
+    Also if the broker has been silent for long: it reads when it can, and we may not come by again.
     """
     line: Line | None
     while True:
@@ -114,6 +118,7 @@ def share(worker: Worker, entry: Entry) -> Story[None]:
         except IndexError:
             line = yield from connect(worker)
         if line is None:
+            leave_duplicate(worker, entry)
             return
         try:
             send_duplicate(worker, line, entry)
@@ -122,6 +127,20 @@ def share(worker: Worker, entry: Entry) -> Story[None]:
             continue
         worker.lines.append(line)
         return
+
+
+def leave_duplicate(worker: Worker, entry: Entry) -> None:
+    """SHARE without waiting to be welcomed, on a link that ends at once: a broker that is silent finds it when it goes on. Nothing, if there is none."""
+    line = None
+    try:
+        line = Line(worker.path)
+        line.send(hello(worker))
+        send_duplicate(worker, line, entry)
+    except (OSError, LineLost):
+        pass
+    finally:
+        if line is not None:
+            line.close()
 
 
 def fetch(worker: Worker, k: int) -> Story[Entry | None]:
@@ -205,7 +224,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
                 worker.lines.append(line)
                 break
             worker.tidy()
-            yield from settle_abandoned(hands)
+            settle_abandoned(hands)
             if time.monotonic() >= until or worker.words[lane.at] or worker.closing or not worker.broker_beats():
                 struck = yield from strike(worker, line, lane)
                 if struck is None and not worker.words[lane.at]:
@@ -297,33 +316,28 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
         pass
 
 
-def settle_abandoned(hands: Hands) -> Story[None]:
-    """Before we wait again: read the answers to earlier waits that an exception ended. What was granted to them goes back."""
+def settle_abandoned(hands: Hands) -> None:
+    """Earlier waits that an exception ended: those that the broker has answered since are over, and their lanes are free.
+
+    It has taken back what it granted to them. One that has gone meanwhile may not have; then we give it back. Nobody waits for an
+    answer here, and nobody looks at a lane before it.
+    """
     worker = hands.worker
     for _ in range(len(worker.abandoned)):
         try:
             line, lane = worker.abandoned.popleft()
         except IndexError:
-            return  # another thread, or task, is at it
+            return  # another thread is at it
         struck = False
         try:
-            hands.take(lane)  # in our hands while we wait: it would be taken for a stray
-            until = time.monotonic() + ANSWER / 4
-            while True:
-                answer = yield Receive(line, until)
-                if answer is None:
-                    lane.owner = 0
-                    worker.abandoned.append((line, lane))
-                    break
-                if answer[1] is not None:
-                    answer[1].close()
-                if answer[0].kind is Kind.STRUCK and line.was_struck(answer[0].serial):
-                    struck = True
-                    worker.refuse_grant(lane)
-                    worker.lines.append(line)
-                    break
-                if time.monotonic() > until:
-                    raise LineLost  # a broker that says this and that, and never what it was asked
+            hands.take(lane)  # in our hands for so long: it would be taken for a stray
+            struck = is_struck(line)
+            if struck:
+                worker.refuse_grant(lane)
+                worker.lines.append(line)
+            else:
+                lane.owner = 0
+                worker.abandoned.append((line, lane))
         except LineLost:
             worker.refuse_grant(lane)
         except BaseException:
@@ -332,3 +346,16 @@ def settle_abandoned(hands: Hands) -> Story[None]:
                 line.given_up = False  # the answer may be lost: asked again
                 give_up(worker, line, lane)
             raise
+
+
+def is_struck(line: Line) -> bool:
+    """Has the broker said the last STRUCK that is due? Raises LineLost."""
+    for _ in range(line.said - line.struck + 1):  # before them it may have granted something
+        answer = line.receive()
+        if answer is None:
+            break
+        if answer[1] is not None:
+            answer[1].close()
+        if answer[0].kind is Kind.STRUCK and line.was_struck(answer[0].serial):
+            return True
+    return False

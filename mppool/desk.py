@@ -11,6 +11,7 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Collection
 from typing import Protocol
 
 from mppool import claims
@@ -53,6 +54,7 @@ IDLE, IN_USE = int(State.IDLE), int(State.IN_USE)
 LOOK_AGAIN = 0.003  # seconds, doubled up to the broker's tick
 SOON, LATER = 0.0003, 0.003  # seconds between two looks at what takes a moment, growing: the end of a process, or of a connection
 DYING = 0.3  # seconds within which the kernel closes all that a dead process had open, one after the other; on a busy machine it takes its time
+FIRST_PEEK, LAST_PEEK = 0.002, 0.02  # seconds after a grant until we look for idle sessions that nobody told us of, doubled
 RIGHT_TO_DIAL = 1.0  # seconds after which a right to dial that was not used is given to somebody else
 
 
@@ -139,6 +141,7 @@ class Desk:
         self.closing: dict[int, Closing] = {}
         self.cases: list[Evidence] = []
         self.cases_due = 0.0
+        self.peek_at, self.peek_pause = 0.0, FIRST_PEEK
         self.farewells: list[Farewell] = []
         self.dead: set[int] = set()
         self.look_at = 0.0  # when to look at dead rows again that could not be settled
@@ -295,35 +298,41 @@ class Desk:
                 self.strike(link)  # it is gone, or has used the lane for something else
             elif not (self.grant_idle(link) or self.grant_dial(link)):
                 self.make_room(link)
-                self.serve_behind()
+                self.serve_behind(link.home)
                 return
 
-    def serve_behind(self) -> None:
-        """Idle sessions that the first in line cannot have yet, for want of a duplicate, go to whoever behind it can."""
+    def serve_behind(self, first: int) -> None:
+        """Idle sessions that the first in line cannot have yet, for want of a duplicate, go to whoever behind it can.
+
+        One that it can have is kept for it, also if it came back after we had looked.
+        """
+        before = {first}
         for link in self.queue.behind() if self.table.find(State.IDLE) >= 0 else ():
             if link.row not in self.dead and self.still_theirs(link) and not self.words[link.lane_at]:
-                self.grant_idle(link)
+                self.grant_idle(link, before)
+                before.add(link.home)
 
     def still_theirs(self, link: WorkerLink) -> bool:
         return self.words[self.table.row_at(link.row) + R_INCARNATION] == link.home & 0xFFFFFFFF
 
-    def grant_idle(self, link: WorkerLink) -> bool:
-        words, table = self.words, self.table
-        k = table.find(State.IDLE)
+    def grant_idle(self, link: WorkerLink, before: Collection[int] = ()) -> bool:
+        """Grant an idle session, none that one of those who wait ``before`` can have."""
+        k = self.table.find(State.IDLE)
         while k >= 0:
-            duplicate = self.current(k)
-            deliverable = duplicate is not None and duplicate.kept and not duplicate.resident
-            if deliverable or words[table.home + k] == link.home or self.has(link, k):
+            if self.can_have(link.home, k) and not any(self.can_have(home, k) for home in before):
                 lane = self.claim(k)
                 if lane is not None:
-                    self.grant(link, k, lane, duplicate)
+                    self.grant(link, k, lane, self.current(k))
                     return True
-            k = table.find(State.IDLE, k + 1)
+            k = self.table.find(State.IDLE, k + 1)
         return False
 
-    def has(self, link: WorkerLink, k: int) -> bool:
-        """Has this worker attached the session in slot k? (It needs no duplicate of ours then, and does not wait for the keeper to have one.)"""
-        return k in self.known.get(link.home, ()) and self.known[link.home][k] == self.words[self.table.generation + k]
+    def can_have(self, home: int, k: int) -> bool:
+        """Has this worker the session in slot k, or can we give it? (Who has it needs no duplicate of ours, and does not wait for the keeper to have one.)"""
+        duplicate, words = self.current(k), self.words
+        if (duplicate is not None and duplicate.kept and not duplicate.resident) or words[self.table.home + k] == home:
+            return True
+        return k in self.known.get(home, ()) and self.known[home][k] == words[self.table.generation + k]
 
     def claim(self, k: int) -> Lane | None:
         """Claim an idle session for ourselves; it is IN_USE then."""
@@ -349,6 +358,7 @@ class Desk:
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
         link.granted = k
+        self.peek_at, self.peek_pause = time.monotonic() + FIRST_PEEK, FIRST_PEEK
         self.lanes.append(lane)
         self.strike(link)
 
@@ -468,9 +478,20 @@ class Desk:
         """The second look, when its time has come."""
         cases, self.cases = self.cases, []
         for case in self.reclaimer.convicted(cases, self.dead):
-            if case.k not in self.closing and (self.current(case.k) is not None or not self.may_be_elsewhere(case.k)):
+            if case.k in self.closing:
+                pass
+            elif self.was_never_accepted(case):
+                self.table.mem[self.slot(case.k).state_at] = IDLE
+                claims.give_token(self.table, self.slot(case.k), case.lanes)
+            elif self.current(case.k) is not None or not self.may_be_elsewhere(case.k):
                 self.close(case.k, CloseReason.owner_died, case=case)
         self.bury_and_free()
+
+    def was_never_accepted(self, case: Evidence) -> bool:
+        """Did a waiter die with our grant still in its lane? Then nobody has used the session since it was idle, and others can have it."""
+        granted = bool(case.lanes) and all(claims.is_granted(self.words[at]) for at in case.lanes)
+        duplicate = self.current(case.k) if granted and self.table.state(case.k) is not State.CLOSING else None
+        return duplicate is not None and duplicate.kept and not duplicate.resident
 
     def may_be_elsewhere(self, k: int) -> bool:
         """We have no duplicate of this session: may a live process have one? Not if it never left its dead home, nor when all have shown what they have."""
@@ -574,6 +595,8 @@ class Desk:
             moments.append(self.cases_due)
         elif self.dead:
             moments.append(self.look_at)
+        if self.queue:
+            moments.append(self.peek_at)
         if self.dying:
             moments.append(time.monotonic() + self.dying_pause)
         if self.queue and self.words[W_FAILURES]:
@@ -594,7 +617,9 @@ class Desk:
         if self.farewells:
             self.finish_farewells()
         self.closing_pause = min(1.25 * self.closing_pause, LATER)
-        if self.queue and self.words[W_FAILURES]:
+        if self.queue and (self.words[W_FAILURES] or now >= self.peek_at):
+            self.peek_pause = min(2 * self.peek_pause, LAST_PEEK)
+            self.peek_at = now + self.peek_pause
             self.serve()
 
     def has_died(self, now: float) -> bool:

@@ -15,7 +15,7 @@ from mppool.dialing import prewarm
 from mppool.drivers.base import DriverBase
 from mppool.drivers.closeable import CloseableDriver
 from mppool.drivers.raw import RawDriver
-from mppool.errors import OptionError, PoolTimeout
+from mppool.errors import Error, OptionError, PoolTimeout
 from mppool.kernel import link
 from mppool.launch import ensure_broker
 from mppool.options import Target, check_timeout
@@ -141,7 +141,7 @@ class Pool(Shell):
             with understood(worker):
                 self._unwind_return(worker, error, hands, conn, ready)
                 raise
-        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not worker.look()):
+        if words[W_ATTENTION] and (worker.table.halves[H_FLAGS] or worker.owes or not (worker.comes_right_back(entry) or worker.look())):
             self._tell(worker, after_return)
         if worker is self._leaving:
             self._leave_if_done(worker)
@@ -229,24 +229,31 @@ class Lease:
 
     def __enter__(self) -> Any:
         conn = None
+        pool = self._pool
         try:
-            conn = self._conn = self._pool.getconn(self._timeout)
-            worker = self._worker = self._pool._worker or self._pool._leaving
+            conn = self._conn = pool.getconn(self._timeout)
+            worker = self._worker = pool._worker or pool._leaving
             # A signal handler's exception can end a block before the first line of __exit__; see Worker.tidy.
-            worker.blocks[id(conn)] = weakref.ref(self), worker.leases[id(conn)][0].uses  # type: ignore[union-attr]
+            entry = worker.leases[id(conn)][0]  # type: ignore[union-attr]
+            entry.block = weakref.ref(self), entry.uses
             return conn
         except BaseException:
             if conn is not None:
-                self._pool.putconn(conn, discard=True)
+                pool.putconn(conn, discard=True)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        worker, conn = self._worker, self._conn
-        if worker is None or not worker.guard[0]:
-            return  # forked inside the block: the lease is the parent's
-        if kind is None or id(conn) in worker.leases:  # else it was given back within the block, before the exception
-            self._pool.putconn(conn, discard=kind is not None)
-        worker.blocks.pop(id(conn), None)
+        conn = self._conn
+        if kind is None:
+            try:
+                self._pool.putconn(conn)
+                return
+            except Error:
+                if self._worker is not None and self._worker.guard[0]:
+                    raise
+        elif self._worker is not None and self._worker.guard[0] and id(conn) in self._worker.leases:
+            self._pool.putconn(conn, discard=True)
+        # Else it was given back within the block, before the exception, or forked inside the block: then the lease is the parent's.
 
 
 def perform(worker: Worker, story: Story[T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 
@@ -16,7 +17,9 @@ from mppool.story import Call, Close, Ended, Pause, Story, Tidy
 from mppool.table import DRAINED, H_FLAGS, R_CLOSED, SHRINKING, W_CLOSE_TIMEOUT, W_MIN_SIZE
 from mppool.worker import Hands, Worker
 
-__all__ = ["after_return", "dial_lock", "discard", "drain", "free", "put_down", "resize"]
+__all__ = ["after_return", "dial_lock", "discard", "drain", "free", "put_down", "resize", "tell"]
+
+log = logging.getLogger("mppool")
 
 
 def put_down(hands: Hands, lane: Lane, entry: Entry, *, discarded: bool) -> Story[None]:
@@ -38,13 +41,19 @@ def why_not_reusable(worker: Worker, entry: Entry) -> Story[CloseReason | None]:
             yield Tidy(entry.conn)
         if worker.options.reset is not None:
             yield Call(worker.options.reset, entry.conn)
-    except Exception:
+    except Exception as error:
+        tell(worker, CloseReason.reset_failed, error)
         return CloseReason.reset_failed
     if not driver.is_clean(entry.conn):
         return CloseReason.discarded
     if entry.sock is None and worker.must_queue():
         return CloseReason.evicted_for_other  # nobody can end it from outside, and somebody waits
     return None
+
+
+def tell(worker: Worker, reason: CloseReason, error: Exception) -> None:
+    """In the log, at debug level: the caller gets another session, and would never know what the driver or the user's function raised."""
+    log.debug("%s session of pool %r is closed, %s: %s: %s", worker.driver.name, worker.table.text("name"), reason.name, type(error).__name__, error)
 
 
 def after_return(hands: Hands) -> Story[None]:

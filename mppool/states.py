@@ -51,8 +51,7 @@ class CloseReason(IntEnum):
     drained = 7
     owner_died = 8
     forked = 9
-    pool_closed = 10
-    evicted_for_other = 11
+    evicted_for_other = 10
 
 
 class Residence(IntEnum):

@@ -21,11 +21,17 @@ OUTSIDE = ("mppool.kernel.link", "mppool.drivers")  # called from anywhere
 
 def settle_strays(worker: Worker) -> None:
     """Nothing to do where other threads run Python: what they are just moving cannot be told from what is lost. (Handlers run in the main thread.)"""
-    if is_alone():
+    if counted(worker) < worker.table.lanes and is_alone():
         strays = unaccounted(worker)
         if is_alone():
             for lane in strays:
                 worker.settle(lane)
+
+
+def counted(worker: Worker) -> int:
+    """How many lanes are where they belong? Asked before every wait, so cheap; one that is in two places just now may hide a stray until the next."""
+    found = len(worker.lanes) + len(worker.idle) + len(worker.leases) + len(worker.unfinished) + len(worker.limbo) + len(worker.abandoned)
+    return found + sum(sum(map(hands.holds, hands.taken)) for hands in worker.told() if hands.taken)
 
 
 def unaccounted(worker: Worker) -> list[Lane]:

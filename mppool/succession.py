@@ -140,19 +140,14 @@ def ask(path: str) -> socket.socket | None:
 
 def has_left(asked: socket.socket, path: str) -> bool:
     """The broker we asked has made room, or has died. Raises Error if it refuses."""
-    fd = -1
     try:
-        data, fd = link.receive(asked)
-        if not data:
-            return True
-        answer = decode(data, 1 if fd >= 0 else 0)
+        answer = heard(asked)
     except BlockingIOError:
         return False
     except (OSError, ProtocolError):
         return True
-    finally:
-        if fd >= 0:
-            os.close(fd)
+    if answer is None:
+        return True
     if answer.kind is Kind.REFUSED:
         raise Error(f"broker={path!r}: {named(peer_pid(asked))} does not make room: {answer.body.decode(errors='replace')}")
     return answer.kind is Kind.LEAVE
@@ -210,13 +205,19 @@ def was_followed(link_to_next: socket.socket, told_to_end: Callable[[], bool]) -
         while time.monotonic() < until and not told_to_end():
             if not link.wait_readable(link_to_next.fileno(), 0.1):
                 continue
-            fd = -1
             try:
-                data, fd = link.receive(link_to_next)
-                return bool(data) and decode(data, 1 if fd >= 0 else 0).kind is Kind.REPLACED
+                said = heard(link_to_next)
             except (OSError, ProtocolError):
                 return False
-            finally:
-                if fd >= 0:
-                    os.close(fd)
+            return said is not None and said.kind is Kind.REPLACED
     return False
+
+
+def heard(sock: socket.socket) -> Message | None:
+    """What is said on a link that carries no descriptors, None at its end. Raises OSError, ProtocolError."""
+    data, fd = link.receive(sock)
+    try:
+        return decode(data, 1 if fd >= 0 else 0) if data else None
+    finally:
+        if fd >= 0:
+            os.close(fd)

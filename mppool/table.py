@@ -69,14 +69,12 @@ H_WAITERS = 2 * W_ATTENTION  # how many wait at the broker, who says so
 H_FLAGS = 2 * W_ATTENTION + 1  # dial lock
 SHRINKING = 1  # flag: more sessions than max_size; who returns one closes it
 
-DRAINED = 1  # in S_EXPIRES: the pool was drained since this session was dialed
+DRAINED = 1  # in ``expires``: the pool was drained since this session was dialed
 
 _HEADER = 64  # words
 _TEXTS = {"name": 64, "target": 256, "key": 256, "broker": 128, "dial_error": 256}  # bytes, in this order
 
-# Fields of a slot, each an array.
-S_GENERATION, S_USES, S_SHARED, S_SPREAD, S_PERMIT, S_HOME, S_EXPIRES, S_SINCE, S_SOCKET, S_RESIDENCE = range(10)
-_SLOT_FIELDS = 10
+_SLOT_FIELDS = 10  # each an array
 
 # Words of a row; then WAIT_BUCKETS of waits, then its lanes.
 (

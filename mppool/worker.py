@@ -53,6 +53,8 @@ __all__ = ["Hands", "Ready", "Worker"]
 log = logging.getLogger("mppool")
 
 LOOK = encode(Message(Kind.LOOK))
+TURN = 4_000_000  # nanoseconds in which a worker that waited for a session may take it again and again, although others wait
+PROMPT = 100_000  # nanoseconds between a return and the next checkout within which we call it the same piece of work
 SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
 _serials = itertools.count(1)
 
@@ -170,7 +172,6 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
-        self.blocks: dict[int, tuple[weakref.ref[Any], int]] = {}  # for leases that a ``with`` block holds, the block, and which lease it was
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
@@ -179,8 +180,8 @@ class Worker:
         self.let_go = driver.abort if isinstance(driver, AsyncDriverBase) else driver.close  # of what has ended
         self.stories: dict[int, weakref.ref[Hands]] = {}  # (not a WeakSet: what a signal handler throws in its callbacks is swallowed)
         self.waiting: set[Hands] = set()
-        self.credit = 0  # see may_overtake
-        self.turns = 0
+        self.prompt = False  # see comes_right_back
+        self.returned_at = 0
         self.shown_epoch = 0
         self.owes = False  # a duplicate that we sent did not get through
         self.next_try = 0.0  # when to look for a broker again, unless another has come since
@@ -376,13 +377,12 @@ class Worker:
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
-        for key, (block, uses) in list(self.blocks.items()):
-            if block() is None:  # its end was interrupted
-                ready = self.leases.get(key)
-                if ready is not None and ready[0].uses == uses:
-                    self.settle(ready[1])
+        for key, (entry, lane) in list(self.leases.items()):
+            if entry.block is not None:
+                block, uses = entry.block
+                if uses == entry.uses and block() is None:  # its end was interrupted
+                    self.settle(lane)
                     self.leases.pop(key, None)
-                self.blocks.pop(key, None)
         for _ in range(len(self.limbo)):
             lane = self.limbo.popleft()
             if self.words[lane.at]:
@@ -402,15 +402,27 @@ class Worker:
         return bool(self.table.halves[H_WAITERS]) and self.broker_beats()
 
     def may_overtake(self) -> bool:
-        """Others wait: may we take the session again that we just gave back, before the broker has woken the next in line?
+        """Others wait: may we take the session again that we gave back last? Yes, while our turn with it lasts.
 
-        Every other time we waited for one, once. A hand-over costs some wake-ups, in which the session stands idle; a
-        third of them are saved so, and nobody waits longer than for one more lease a place in the queue.
+        Waking the next in line costs as much as several short leases, in which the session stands idle and the processors
+        are busy with nothing else. So turns are handed on, not leases; longer leases than TURN are strictly first come, first served.
         """
-        if self.credit and not self.table.halves[H_FLAGS]:
-            self.credit = 0
-            return True
-        return False
+        now = time.monotonic_ns()
+        self.prompt = now - self.returned_at < PROMPT
+        try:
+            return now < self.ready[-1][0].turn_ends and not self.table.halves[H_FLAGS]
+        except IndexError:
+            return False
+
+    def comes_right_back(self, entry: Entry) -> bool:
+        """We gave back a short lease, and others wait: will we ask again at once, as we did the last time?
+
+        Then nobody need be told: we take the session again, or join the queue, and the broker looks who is next. Should we
+        not come, it finds the session by itself (desk.FIRST_PEEK), and after the next lease it is told.
+        """
+        self.returned_at = now = time.monotonic_ns()
+        prompt, self.prompt = self.prompt, False
+        return prompt and now - self.words[entry.slot.since_at] < TURN
 
     def look(self) -> bool:
         """Tell the broker that something became free, if somebody waits for it. False: there is no line to say it on."""

@@ -29,6 +29,7 @@ from bench_checkout import Measure, block, made_or_skipped, pair, positive
 from bench_servers import broker, mariadb, memcached, private_directory
 
 Measures = dict[str, Measure]
+Clients = dict[str, Callable[[], AbstractContextManager[Measures]]]
 RARE = ("login", "adopt")  # done a tenth as often
 RATIOS = {"adopt": "login", "checkout": "theirs", "with command": "theirs with command"}
 
@@ -128,13 +129,13 @@ def pymemcache() -> Iterator[Measures]:
         }
 
 
-CLIENTS: dict[str, Callable[[], AbstractContextManager[Measures]]] = {"PyMySQL": pymysql, "pymemcache": pymemcache}
+CLIENTS: Clients = {"PyMySQL": pymysql, "pymemcache": pymemcache}
 
 
-def measured(rounds: int, number: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def measured(clients: Clients, rounds: int, number: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Microseconds and ratios by client, and why others were skipped."""
     with ExitStack() as stack:
-        made: dict[str, Any] = {name: made_or_skipped(stack, client) for name, client in CLIENTS.items()}  # type: ignore[arg-type]
+        made: dict[str, Any] = {name: made_or_skipped(stack, client) for name, client in clients.items()}  # type: ignore[arg-type]
         skipped = {name: it for name, it in made.items() if isinstance(it, str)}
         todo = [(name, what, measure) for name, it in made.items() if name not in skipped for what, measure in it.items()]
         times: dict[tuple[str, str], list[float]] = {(name, what): [] for name, what, _ in todo}
@@ -148,30 +149,33 @@ def measured(rounds: int, number: int) -> tuple[dict[str, dict[str, Any]], dict[
     for (name, what), values in times.items():
         rows.setdefault(name, {})[what] = statistics.median(values)
     for row in rows.values():
-        row["ratios"] = {what: row[what] / row[other] for what, other in RATIOS.items()}
+        row["ratios"] = {what: row[what] / row[other] for what, other in RATIOS.items() if what in row and other in row}
     return rows, skipped
+
+
+COLUMNS = ("login", "adopt", "/ login", "checkout", "theirs", "/ theirs", "with command", "theirs", "/ theirs")
 
 
 def render(result: dict[str, Any]) -> Iterator[str]:
     yield f"Python {result['python']}, {result['cpus']} CPUs; medians of {result['rounds']} rounds of {result['number']}, in us"
-    yield f"{'':14}{'login':>9}{'adopt':>9}{'/ login':>9}{'checkout':>11}{'theirs':>9}{'/ theirs':>10}{'with command':>14}{'theirs':>9}{'/ theirs':>10}"
+    yield f"{'':14}" + "".join(f"{column:>14}" for column in COLUMNS)
     for name, row in result["clients"].items():
-        ratios = row["ratios"]
-        yield (
-            f"{name:14}{row['login']:9.1f}{row['adopt']:9.1f}{ratios['adopt']:9.2f}{row['checkout']:11.2f}{row['theirs']:9.2f}{ratios['checkout']:10.2f}"
-            f"{row['with command']:14.1f}{row['theirs with command']:9.1f}{ratios['with command']:10.2f}"
-        )
+        shown = [row["login"]]
+        for what, other in RATIOS.items():
+            shown += [row.get(what), row["ratios"].get(what)] if what == "adopt" else [row.get(what), row.get(other), row["ratios"].get(what)]
+        yield f"{name:14}" + "".join(f"{'-' if value is None else f'{value:.2f}':>14}" for value in shown)
     for name, reason in result["skipped"].items():
         yield f"{name:14} skipped: {reason}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench clients", description=__doc__.partition("\n")[0] if __doc__ else None)
+def run(name: str, clients: Clients, doc: str | None) -> None:
+    """The command ``scripts/bench NAME`` over these clients; ``doc``'s first line describes it."""
+    parser = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=doc.partition("\n")[0] if doc else None)
     parser.add_argument("--rounds", type=positive, default=50)
     parser.add_argument("--number", type=positive, default=500, help="checkouts of each in a round (500); a tenth as many logins")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
-    rows, skipped = measured(options.rounds, options.number)
+    rows, skipped = measured(clients, options.rounds, options.number)
     result = {
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -184,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("clients", CLIENTS, __doc__)

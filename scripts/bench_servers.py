@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Skipped", "broker", "dies_with_parent", "mariadb", "memcached", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
+__all__ = ["Skipped", "broker", "dies_with_parent", "mariadb", "memcached", "nginx", "pgbouncer", "postgres", "private_directory", "redis", "silent_server"]
 
 _libc = ctypes.CDLL(None)
 
@@ -77,6 +77,23 @@ def memcached() -> Iterator[int]:
         raise Skipped("memcached is not installed")
     port = _free_port()
     command = ["memcached", "-l", "127.0.0.1", "-p", str(port), *(["-u", "nobody"] if os.geteuid() == 0 else [])]
+    with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
+        yield port
+
+
+@contextlib.contextmanager
+def nginx(directory: str) -> Iterator[int]:
+    """The port of an nginx with one worker that answers every request with two bytes and keeps connections alive. Raises Skipped."""
+    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise Skipped("nginx is not installed")
+    port = _free_port()
+    temporary = "".join(f"{kind}_temp_path {directory}/{kind}; " for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    server = f"server {{ listen 127.0.0.1:{port} backlog=511; location / {{ return 200 ok; }} }}"
+    with open(f"{directory}/nginx.conf", "w", encoding="ascii") as file:
+        file.write(f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log; events {{ }}\n")
+        file.write(f"http {{ access_log off; keepalive_requests 1000000000; keepalive_time 1d; keepalive_timeout 1d; {temporary}{server} }}\n")
+    command = [program, "-p", directory, "-c", f"{directory}/nginx.conf"]
     with _running(command, signal.SIGTERM, lambda: _connects(socket.AF_INET, ("127.0.0.1", port))):
         yield port
 

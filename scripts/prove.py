@@ -1,10 +1,10 @@
 """Runs the harnesses that try to break mppool, and writes what they found into the README.
 
-    scripts/prove                          all, with half an hour of chaos: about an hour in all
-    scripts/prove --crash-every 1          at every line: many hours
-    scripts/prove --chaos-minutes 2        all, sooner
-    scripts/prove model crash              some; the other rows stay as they were
-    scripts/prove --table                  only write the table, from the figures of the last runs
+    scripts/prove                                       all, with half an hour of chaos: about an hour in all
+    scripts/prove --chaos-minutes 5 --crash-every 40    all, in about twenty minutes
+    scripts/prove --crash-every 1                       at every line: many hours
+    scripts/prove model crash                           some; the other rows stay as they were
+    scripts/prove --table                               only write the table, from the figures of the last runs
 
 Each harness is a module that can be run by itself, says what it does, and ends with its figures as a line of JSON. The
 figures of the last run of each are in scripts/prove.json. Exit code 1 if any found a fault; then its row says so.
@@ -103,7 +103,7 @@ PARTS = {
     "model": Part(("-m", "tests.model"), model),
     "crash": Part(("-m", "tests.crash", "--every", "{crash_every}"), crash),
     "chaos": Part(("-m", "tests.chaos", "--minutes", "{chaos_minutes}"), chaos),
-    "fuzz": Part(("-m", "tests.fuzz"), fuzz),
+    "fuzz": Part(("-m", "tests.fuzz", "--frames", "{fuzz_frames}"), fuzz),
     "matrix": Part(("-m", "tests.matrix"), matrix),
     "replace": Part(("-m", "tests.replace"), replace),
     "recovery": Part(("-m", "tests.recovery"), recovery),
@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--chaos-minutes", type=float, default=30.0)
     parser.add_argument("--crash-every", type=int, default=25, help="1 takes many hours")
+    parser.add_argument("--fuzz-frames", type=int, default=1_000_000, help="conversations and tables in proportion")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     unknown = set(options.parts) - set(PARTS)

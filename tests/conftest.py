@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
+from tests.helpers.leftovers import names, processes_of
 from tests.helpers.postgres import Database, Postgres, postgres
 from tests.helpers.processes import BrokerProcess, broker_process, eventually
+from tests.helpers.redis import Server, redis_server
 from tests.helpers.server import Judge, judge
 
 
@@ -24,26 +24,15 @@ def socket_path(tmp_path: Path) -> Iterator[str]:
     directory.mkdir(mode=0o700)
     path = str(directory / "b.sock")
     yield path
-    prefix = f"mppool-{scope_of(path)}"
     try:
         eventually(lambda: not processes_of(path), what="processes left over")
-        eventually(lambda: not memory.names(prefix) + memory.names(f"sem.{prefix}"), what="names left over")
+        eventually(lambda: not names(path), what="names left over")
         assert os.listdir(directory) == []
     finally:
         for process in processes_of(path):
             process.send_signal(signal.SIGKILL)
-        for name in memory.names(prefix) + memory.names(f"sem.{prefix}"):
+        for name in names(path):
             os.unlink(f"{memory.SHM}/{name}")
-
-
-def processes_of(path: str) -> list[psutil.Process]:
-    """Brokers and keepers of this socket."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        command = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(part in (path, f"{path}.keeper") for part in command):
-            found.append(process)
-    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +67,22 @@ def database(postgres_server: Postgres) -> Iterator[Database]:
     it = Database(postgres_server)
     yield it
     it.drop()
+
+
+@pytest.fixture(scope="session")
+def the_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Redis for all tests of a run."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as it:
+        yield it
+
+
+@pytest.fixture
+def redis_(the_redis: Server) -> Iterator[Server]:
+    """Empty, and without clients; afterwards, too."""
+    the_redis.judge.flushall()
+    eventually(lambda: not the_redis.count(), what="the server has clients")
+    yield the_redis
+    eventually(lambda: not the_redis.count(), what="the server has clients left")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -12,8 +14,12 @@ import pytest
 import uvloop
 
 import mppool
+from mppool import claims
 from mppool.aio import wake
-from tests.helpers.processes import BrokerProcess, Child, fork
+from mppool.conversation import settle_abandoned
+from mppool.snapshot import waiting
+from mppool.worker import Hands
+from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.server import Judge
 from tests.helpers.storm import Ask, Storm
 
@@ -199,6 +205,79 @@ def test_bytes_that_come_late_stay_in_the_kernel(run: Any, server: Judge, socket
     assert run(main()) == {"unread_data": 1}
 
 
+def test_replies_to_others_are_not_read_by_a_loop_that_watches_on(run: Any, server: Judge, socket_path: str, broker: BrokerProcess) -> None:
+    """A session that this process's loop has had, and may still watch, belongs to whoever has it now: each reply reaches who asked."""
+    rounds = 30
+
+    def other(child: Child) -> None:
+        with mppool.Pool(server.address, max_size=1, broker=socket_path) as pool:
+            for n in range(rounds):
+                child.hear()
+                with pool.connection() as sock:
+                    sock.settimeout(10)
+                    sock.sendall(f"child{n} 2\n".encode())
+                    assert understood(sock.recv(100), f"child{n}") == 1
+                child.tell(n)
+
+    async def main(child: Child) -> None:
+        loop = asyncio.get_running_loop()
+        async with mppool.AsyncPool(server.address, max_size=1, broker=socket_path, streams=True) as pool:
+            for n in range(rounds):
+                for _ in range(1 + n % 3):
+                    async with pool.connection() as streams:
+                        assert await ask_streams(streams, f"parent{n}") == 1
+                heard = loop.create_future()
+                loop.add_reader(child._in, wake, heard, True)
+                child.tell()
+                await heard  # the loop runs while the child asks
+                loop.remove_reader(child._in)
+                assert child.hear() == n
+            assert pool.get_stats()["dials"] == 1
+
+    with fork(other) as (child,):
+        run(main(child))
+        child.result()
+
+
+@pytest.mark.parametrize("left", ["reader", "writer", "both"])
+def test_a_socket_that_a_loop_still_watches_is_not_lent_on(run: Any, server: Judge, socket_path: str, left: str) -> None:
+    """Its session is closed: a call of it may have been given up half-way, whose reply is still to come."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with mppool.AsyncPool(server.address, max_size=1, broker=socket_path) as pool:
+            for n in (1, 2):
+                sock = await pool.getconn()
+                assert await ask(sock, "first") == n
+                if left in ("reader", "both"):
+                    loop.add_reader(sock, str)
+                if left in ("writer", "both"):
+                    loop.add_writer(sock, str)
+                await pool.putconn(sock)
+            async with pool.connection() as sock:
+                assert await ask(sock, "next") == 3
+
+    run(main())
+
+
+def test_a_socket_that_a_transport_has_is_not_lent_on(server: Judge, socket_path: str) -> None:
+    """Nor if that does not read just now: it may have read ahead."""
+
+    async def main() -> None:
+        async with mppool.AsyncPool(server.address, max_size=1, broker=socket_path) as pool:
+            sock = await pool.getconn()
+            assert await ask(sock, "first") == 1
+            transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=sock)
+            transport.pause_reading()
+            with pytest.raises(RuntimeError):
+                await pool.putconn(sock)
+            transport.abort()
+            async with pool.connection() as sock:
+                assert await ask(sock, "next") == 2
+
+    asyncio.run(main())
+
+
 def test_what_a_reader_has_read_ahead_is_not_lent_on(run: Any, server: Judge, socket_path: str) -> None:
     """A reply that was read into the stream's buffer, and by nobody, ends the session at its return."""
 
@@ -366,3 +445,35 @@ def test_cancelled_waiters_keep_nothing_from_those_who_wait_on(run: Any, server:
                 assert {type(outcome) for outcome in outcomes} <= {type(None), asyncio.CancelledError}
 
     run(main())
+
+
+def test_what_was_granted_to_a_cancelled_task_is_left_to_the_broker_until_it_has_answered(server: Judge, broker: BrokerProcess) -> None:
+    """The broker takes it back; who looked at it before, say because it is slow, would take it, too."""
+
+    async def main() -> None:
+        async with mppool.AsyncPool(server.address, max_size=1, broker=broker.path) as pool:
+            lent = await pool.getconn()
+            worker: Any = pool._worker
+            waiter = asyncio.ensure_future(pool.getconn())
+            while not waiting(worker.table):
+                await asyncio.sleep(0.001)
+            await pool.putconn(lent)  # the broker grants it, and the loop does not run meanwhile
+            eventually(lambda: any(map(claims.is_granted, worker.table.lanes_of(worker.row.index))))
+            os.kill(broker.pid, signal.SIGSTOP)
+            waiter.cancel()
+            await asyncio.wait((waiter,))
+            [(line, lane)] = worker.abandoned
+            hands = Hands(worker)
+            settle_abandoned(hands)
+            assert [*worker.abandoned] == [(line, lane)]
+            assert claims.is_granted(worker.words[lane.at])
+            os.kill(broker.pid, signal.SIGCONT)
+            eventually(lambda: not worker.words[lane.at])
+            eventually(lambda: [settle_abandoned(hands)] and not worker.abandoned)  # type: ignore[func-returns-value]
+            hands.done()
+            assert line in worker.lines
+            assert lane in worker.lanes
+            async with pool.connection(timeout=5) as sock:
+                assert await ask(sock, "again") == 1
+
+    asyncio.run(main())

@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.daemons import free_port, listens, needs
-from tests.helpers.processes import die_with_parent, eventually
+from tests.helpers.processes import die_with_parent, ended, eventually
 from tests.helpers.redis import Server, redis_server
+from tests.helpers.site import get
 from tests.helpers.storm import Peak
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "asgi_redis"
@@ -66,22 +67,7 @@ def site(server: Server, path: str, home: Path) -> Iterator[int]:
         assert "not the reply" not in log.read_text()
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request("GET", path)
-        reply = connection.getresponse()
-        return reply.status, reply.read().decode().strip()
-    finally:
-        connection.close()
+        ended(process)
 
 
 def leave(port: int, path: str, after: float) -> None:

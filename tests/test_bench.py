@@ -74,3 +74,12 @@ def test_clients_measures_each_or_says_why_not() -> None:
     for row in result["clients"].values():
         assert all(row[what] > 0 for what in ("login", "adopt", "checkout", "theirs", "with command", "theirs with command"))
         assert set(row["ratios"]) == {"adopt", "checkout", "with command"}
+
+
+def test_http_measures_each_client_beside_its_own_pool() -> None:
+    """Connections and requests of every client, ours and theirs; of httpx no bare checkout, which its own pool has not."""
+    result: dict[str, Any] = json.loads(bench("http", "--rounds", "2", "--number", "10", "--json"))
+    assert set(result["clients"]) | set(result["skipped"]) == {"urllib3", "requests", "httpx", "httpx, async"}
+    for name, row in result["clients"].items():
+        assert all(row[what] > 0 for what in ("login", "adopt", "checkout", "with command", "theirs with command"))
+        assert set(row["ratios"]) == {"adopt", "with command"} | (set() if "httpx" in name else {"checkout"})

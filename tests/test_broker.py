@@ -9,13 +9,15 @@ import time
 from typing import Any
 
 import psutil
+import pytest
 
 import mppool
+from mppool.claims import is_granted
 from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
-from mppool.table import H_WAITERS
-from tests.conftest import processes_of
+from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 
@@ -107,6 +109,33 @@ def test_a_killed_workers_lease_comes_back(server: Judge, broker: BrokerProcess)
     pool.close()
 
 
+def test_a_killed_waiters_grant_costs_no_session(server: Judge, broker: BrokerProcess) -> None:
+    """SIGKILL after the broker's grant, before the waiter took it up: the session was never used, and serves the next."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def wait(child: Child) -> None:
+        child.hear()
+        pool.getconn(timeout=20)
+
+    with fork(wait) as (child,):
+        with pool.connection() as sock:
+            ask(sock, "first")
+            table = pool._worker.table  # type: ignore[union-attr]
+            child.tell()
+            eventually(lambda: table.halves[H_WAITERS] == 1)
+            child.kill(signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)
+        [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
+        eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+        child.kill()
+        child.wait()
+    with pool.connection(timeout=10) as sock:
+        assert ask(sock, "next") == 1
+    assert pool.get_stats()["closed"] == {}
+    assert server.counts()["dials"] == 1
+    pool.close()
+
+
 def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProcess) -> None:
     """Waiters of several processes are served in the order they came."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
@@ -135,6 +164,27 @@ def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProce
     pool.close()
 
 
+def test_threads_of_one_process_are_served_in_order(server: Judge, broker: BrokerProcess) -> None:
+    """Who was in the queue first has a session first, whichever thread of whichever process he is."""
+    for n in range(10):
+        pool = mppool.Pool(server.address, max_size=1, name=f"p{n}", broker=broker.path)
+        served: list[int] = []
+
+        def wait(number: int, pool: mppool.Pool = pool, served: list[int] = served) -> None:
+            with pool.connection(timeout=20):
+                served.append(number)
+
+        threads = [threading.Thread(target=wait, args=(number,)) for number in range(4)]
+        with pool.connection():
+            for waiting, thread in enumerate(threads, 1):
+                thread.start()
+                eventually(lambda pool=pool, waiting=waiting: pool._worker.table.halves[H_WAITERS] == waiting)  # type: ignore[misc]
+        for thread in threads:
+            thread.join()
+        pool.close()
+        assert served == [0, 1, 2, 3]
+
+
 def test_workers_give_a_new_broker_their_sessions(server: Judge, socket_path: str) -> None:
     """A worker that comes by gives the new broker what it has; from then on others can use it."""
     pool = mppool.Pool(server.address, max_size=2, name="p", broker=socket_path)
@@ -150,6 +200,35 @@ def test_workers_give_a_new_broker_their_sessions(server: Judge, socket_path: st
                 ask(sock, f"n{n}")
         assert server.counts()["peak"] <= 2
         pool.close()
+
+
+def test_a_damaged_table_met_at_the_keepers_answer_costs_its_own_pool_only(server: Judge, broker: BrokerProcess) -> None:
+    """The broker counts in a word that can count no further when the keeper's answer lets it grant a session: it gives up that pool, and goes on."""
+    pool, other = (mppool.Pool(server.address, max_size=1, name=name, broker=broker.path) for name in ("damaged", "other"))
+
+    def waits(child: Child) -> None:
+        pool.open()
+        with pool.connection(timeout=20):
+            child.hear()
+
+    pool.putconn(pool.getconn(), discard=True)  # the broker and its keeper are there
+    keeper = keeper_of(broker.path)
+    assert keeper is not None
+    keeper.suspend()
+    sock = pool.getconn()
+    with fork(waits):
+        table = pool._worker.table  # type: ignore[union-attr]
+        eventually(lambda: table.halves[H_WAITERS])
+        pool.putconn(sock)
+        row = next(row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == broker.pid)
+        table.words[table.row_at(row) + R_CLAIMED] = (1 << 64) - 1
+        keeper.resume()
+        eventually(lambda: broker.process.poll() is not None or not table.words[W_BEAT], what="the pool is given up")
+        with other.connection() as sock:
+            ask(sock, "other")
+        assert broker.process.poll() is None
+    pool.close()
+    other.close()
 
 
 def test_the_keeper_carries_sessions_over_the_brokers_death(server: Judge, broker: BrokerProcess) -> None:
@@ -327,12 +406,15 @@ def test_what_was_granted_to_nobody_goes_to_others(server: Judge, broker: Broker
     pool.close()
 
 
-def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broker: BrokerProcess) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broker: BrokerProcess, linked: bool) -> None:
     """Who dials while the broker is silent, and does not come by again, has given it a duplicate all the same: others get the session."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
 
     def dials(child: Child) -> None:
-        pool.putconn(pool.getconn(), discard=True)  # it has a link now
+        pool.open()
+        if linked:
+            pool.putconn(pool.getconn(), discard=True)  # it has a link now
         child.tell()
         child.hear()
         pool.putconn(pool.getconn())
@@ -341,6 +423,8 @@ def test_a_session_dialed_beside_a_stopped_broker_is_shared(server: Judge, broke
 
     with fork(dials) as (child,):
         child.hear()
+        if not linked:
+            pool.putconn(pool.getconn(), discard=True)  # the broker knows the pool
         broker.process.send_signal(signal.SIGSTOP)
         time.sleep(1.1)  # it counts as absent
         child.tell()

@@ -24,7 +24,7 @@ from mppool.options import parse_target
 from mppool.stray import settle_strays
 from mppool.table import creation_lock
 from mppool.worker import Hands, Ready
-from tests.conftest import processes_of
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import Child, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 

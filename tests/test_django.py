@@ -409,11 +409,7 @@ def test_the_example_under_gunicorn(database: Database, socket_path: str, tmp_pa
     logins = database.logins()
     with site(EXAMPLE, "project/gunicorn.py", "project.wsgi", socket_path, tmp_path, workers, **environment) as it:
         with Load(it, asked) as load, Peak(database.count) as peak:
-            until, kills = time.monotonic() + seconds, 0
-            while time.monotonic() < until:
-                time.sleep(0.5)
-                it.kill_a_worker()
-                kills += 1
+            kills = it.kill_workers(seconds)
         assert eventually(lambda: it.get("/whoami")[0] == 200)
     assert load.wrong == []
     assert sum(load.rounds) > 5

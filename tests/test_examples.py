@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
+from tests.helpers.leftovers import names
+from tests.helpers.nginx import needs_nginx, nginx
+from tests.helpers.postgres import Database, needs_postgres
 from tests.helpers.processes import eventually
+from tests.helpers.site import Load, site
+from tests.helpers.storm import Peak
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ("--workers", "4", "--clients", "8", "--seconds", "2.5", "--kills", "2")
@@ -49,8 +53,7 @@ class Example:
 
     def names(self) -> list[str]:
         """In /dev/shm."""
-        prefix = f"mppool-{scope_of(str(self.home / self.directory / 'broker.sock'))}"
-        return memory.names(prefix) + memory.names(f"sem.{prefix}")
+        return names(str(self.home / self.directory / "broker.sock"))
 
     def ends(self) -> int:
         code = self.process.wait(40)
@@ -151,7 +154,43 @@ def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
     assert demo.names() == []
 
 
+@needs_nginx
+@pytest.mark.storm
+def test_gunicorn_workers_share_connections_to_a_service(socket_path: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Six workers on three connections, killed all the time: nginx never counts more (one more while a FIN travels), no reply crosses."""
+    cap, seconds = 3, float(request.config.getoption("--storm-seconds")) / 2
+
+    def ask(get: Callable[[str], tuple[int, str]], client: int, n: int) -> None:
+        status, text = get(f"/echo?nonce=c{client}-{n}")
+        assert (status, text.split()[1:]) == (200, [f"c{client}-{n}"])
+        assert get("/sorry")[0] == 503
+
+    with (
+        nginx() as web,
+        site(EXAMPLES / "requests_app", "workers.py", "front:app", socket_path, tmp_path, 6, UPSTREAM=web.url, UPSTREAM_CONNECTIONS=str(cap)) as it,
+    ):
+        with Load(it, ask) as load, Peak(web.connections) as peak:
+            it.kill_workers(seconds)
+        assert peak.most <= cap + 1
+        status, said = it.get("/")
+        assert (status, json.loads(said)["max_size"]) == (200, cap)
+        assert json.loads(said)["pid"] in [worker.pid for worker in it.workers()]
+    assert load.wrong == []
+    assert sum(load.rounds) > 10
+
+
 def collect_garbage() -> set[str]:
     """Run ``mppool gc``; the pools whose names it removed."""
     done = subprocess.run([sys.executable, "-m", "mppool", "gc", "--json"], stdout=subprocess.PIPE, check=True, timeout=10)
     return {removed["pool"] for removed in json.loads(done.stdout)["removed"]}
+
+
+@needs_postgres
+def test_prefork_psycopg(database: Database, socket_path: str) -> None:
+    """Twelve workers on four connections: never a fifth, nobody starves, and a backend each for the whole run."""
+    command = [sys.executable, str(EXAMPLES / "prefork_psycopg.py"), database.conninfo]
+    run = subprocess.run([sys.executable, "-m", "mppool", "run", "--socket", socket_path, "--", *command], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^  \d+  active +prefork worker \d+$", run.stdout, re.MULTILINE)
+    assert re.search(r"^12 workers made \d+ transactions, \d+ to \d+ each, on 4 backends, at most 4 at a time$", run.stdout, re.MULTILINE)
+    assert database.logins() == 5, "four, and the one that watches"

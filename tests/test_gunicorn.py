@@ -22,12 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from mppool.kernel import memory
-from mppool.kernel.runtime import scope_of
-from tests.helpers.processes import die_with_parent, eventually
+from tests.helpers.daemons import daemon, free_port
+from tests.helpers.leftovers import names
+from tests.helpers.processes import eventually
+from tests.helpers.site import Clients, ending
+from tests.helpers.site import Site as Gunicorn
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gunicorn_redis"
 CAP = 4
@@ -38,22 +39,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed"),
     pytest.mark.skipif(importlib.util.find_spec("gunicorn") is None, reason="gunicorn is not installed"),
 ]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def ended(process: subprocess.Popen[bytes], timeout: float) -> int:
-    """SIGTERM, and its exit code; killed if it does not end."""
-    process.terminate()
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise
 
 
 class Redis:
@@ -96,24 +81,11 @@ class Redis:
 def redis(tmp_path: Path) -> Iterator[Redis]:
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as process:
-        try:
-            eventually(lambda: process.poll() is not None or listens(port), what="redis-server does not listen")
-            assert process.poll() is None, f"redis-server ended with exit code {process.returncode}"
-            judge = Redis(port)
-            judge.begin()
-            yield judge
-            judge.close()
-        finally:
-            ended(process, 10)
-
-
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    with daemon(command, port, tmp_path / "redis.log"):
+        judge = Redis(port)
+        judge.begin()
+        yield judge
+        judge.close()
 
 
 class Sampler:
@@ -140,47 +112,13 @@ class Sampler:
         self._thread.join(10)
 
 
-class Site:
-    """``mppool run -- gunicorn ...`` as an operator would start it."""
+class Site(Gunicorn):
+    """The example as an operator would start it."""
 
     def __init__(self, redis: Redis, path: str, home: Path, **settings: str) -> None:
         self.path = path
-        self.port = free_port()
-        self.log = home / "gunicorn.log"
-        environment = {
-            **os.environ,
-            **settings,
-            "REDIS": redis.address,
-            "REDIS_CONNECTIONS": str(CAP),
-            "BIND": f"127.0.0.1:{self.port}",
-            "WEB_CONCURRENCY": str(WORKERS),
-            # gunicorn puts a control socket of its own somewhere in these.
-            "HOME": str(home),
-            "XDG_RUNTIME_DIR": str(home),
-        }
-        gunicorn = [sys.executable, "-m", "gunicorn", "--preload", "-c", str(EXAMPLE / "gunicorn.conf.py"), "--chdir", str(EXAMPLE), "app:app"]
-        command = [sys.executable, "-m", "mppool", "run", "--socket", path, "--", *gunicorn]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)
-        eventually(lambda: self.process.poll() is not None or len(self.workers()) == WORKERS, 15, what="gunicorn's workers")
-        assert self.process.poll() is None, self.log.read_text()
-        eventually(lambda: listens(self.port), what="gunicorn listens")
-
-    def processes(self) -> list[psutil.Process]:
-        """All of it: the supervisor, the broker and its keeper, gunicorn and its workers."""
-        supervisor = psutil.Process(self.process.pid)
-        return [supervisor, *supervisor.children(recursive=True)]
-
-    def workers(self) -> set[int]:
-        """The pids of gunicorn's workers: the children of its master."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children():
-                if "gunicorn" in child.cmdline():
-                    return {worker.pid for worker in child.children() if worker.status() != psutil.STATUS_ZOMBIE}
-        return set()
-
-    def master(self) -> int:
-        return next(child.pid for child in psutil.Process(self.process.pid).children() if "gunicorn" in child.cmdline())
+        environment = {**settings, "REDIS": redis.address, "REDIS_CONNECTIONS": str(CAP), "PWD": str(EXAMPLE)}
+        super().__init__(EXAMPLE / "gunicorn.conf.py", "app:app", path, home, WORKERS, environment)
 
     def status(self) -> dict[str, Any]:
         """What ``mppool status --json redis`` prints."""
@@ -188,54 +126,30 @@ class Site:
         pool: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=20).stdout)["pools"][0]
         return pool
 
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and text of the reply. OSError or HTTPException if the connection broke."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
-        try:
-            connection.request("GET", path)
-            reply = connection.getresponse()
-            return reply.status, reply.read().decode().removesuffix("\n")
-        finally:
-            connection.close()
-
-    def stop(self) -> int:
-        return ended(self.process, 20)
-
 
 @contextlib.contextmanager
 def site(redis: Redis, path: str, home: Path, **settings: str) -> Iterator[Site]:
-    it = Site(redis, path, home, **settings)
-    everything = it.processes()
-    try:
+    with ending(Site(redis, path, home, **settings)) as it:
         yield it
-    finally:
-        if it.process.poll() is None:
-            it.stop()
-        _, left = psutil.wait_procs(everything, 5)  # the keeper ends a moment after the broker
-        for process in left:
-            process.kill()
 
 
-class Load:
-    """Client threads that ask all the time. Each has its own keys, and knows what each reply must be."""
+class Load(Clients):
+    """Each client has its own keys, and knows what each reply must be."""
 
     def __init__(self, site: Site) -> None:
+        super().__init__(CLIENTS)
         self.site = site
-        self.rounds = [0] * CLIENTS
+        self._made = [0] * CLIENTS  # what the counter of each client stands at
         self.wrong: list[str] = []
         self.broken: list[str] = []  # requests whose connection to gunicorn ended without a reply
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(client,), daemon=True) for client in range(CLIENTS)]
 
-    def _run(self, client: int) -> None:
-        made = 0  # what the counter of this client stands at
-        while not self._stop.is_set():
-            n = self.rounds[client]
-            if self._expect(f"/set/key-{client}/value-{client}-{n}", 200, f"value-{client}-{n}"):  # else it may or may not be done
-                self._expect(f"/get/key-{client}", 200, f"value-{client}-{n}")
-            self._expect(f"/pop/nothing-{client}/0.005", 404, "nothing there")  # holds a session for so long: others wait for theirs
-            made = self._count(f"/incr/count-{client}", made)
-            self.rounds[client] += 1
+    def round(self, client: int) -> None:
+        n = self.rounds[client]
+        if self._expect(f"/set/key-{client}/value-{client}-{n}", 200, f"value-{client}-{n}"):  # else it may or may not be done
+            self._expect(f"/get/key-{client}", 200, f"value-{client}-{n}")
+        self._expect(f"/pop/nothing-{client}/0.005", 404, "nothing there")  # holds a session for so long: others wait for theirs
+        self._made[client] = self._count(f"/incr/count-{client}", self._made[client])
+        self.rounds[client] += 1
 
     def _expect(self, path: str, status: int, text: str) -> bool:
         """Ask; note a wrong reply. False: there was none."""
@@ -258,21 +172,6 @@ class Load:
         except (OSError, http.client.HTTPException) as error:
             self.broken.append(f"{path}: {error!r}")
             return None
-
-    def goes_on(self, rounds: int = 5) -> None:
-        """Until every client has had so many more rounds."""
-        goal = [had + rounds for had in self.rounds]
-        eventually(lambda: all(map(int.__ge__, self.rounds, goal)), 15, what=f"every client goes on; wrong {self.wrong}, broken {self.broken}")
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(20)
 
 
 class Holder:
@@ -313,9 +212,9 @@ def test_workers_share_the_cap_through_restarts(redis: Redis, socket_path: str, 
     """Under load, and while HUP replaces every worker: never more connections than the cap, none dialed again, no request fails."""
     with site(redis, socket_path, tmp_path) as it, Sampler(redis) as sampler, Load(it) as load:
         load.goes_on(20)
-        before = it.workers()
-        os.kill(it.master(), signal.SIGHUP)
-        eventually(lambda: len(it.workers()) == WORKERS and not it.workers() & before, 15, what="gunicorn replaced its workers")
+        before = set(it.workers())
+        it.master().send_signal(signal.SIGHUP)
+        eventually(lambda: len(it.workers()) == WORKERS and not before & set(it.workers()), 15, what="gunicorn replaced its workers")
         load.goes_on(20)
         pool = it.status()
     print(f"\nHUP: rounds {sum(load.rounds)}, peak {sampler.peak} in {sampler.samples} samples, dials {redis.dials()}, waits {pool['waits']}")
@@ -329,11 +228,11 @@ def test_workers_share_the_cap_through_restarts(redis: Redis, socket_path: str, 
 def test_workers_that_retire_leave_their_sessions(redis: Redis, socket_path: str, tmp_path: Path) -> None:
     """``max_requests`` with jitter: workers come and go all the time, and the sessions stay."""
     with site(redis, socket_path, tmp_path, MAX_REQUESTS="40") as it, Sampler(redis) as sampler, Load(it) as load:
-        seen = it.workers()
+        seen = set(it.workers())
         until = time.monotonic() + 15
         while len(seen) < 4 * WORKERS and time.monotonic() < until:
             load.goes_on(1)
-            seen |= it.workers()
+            seen |= set(it.workers())
     print(f"\nmax_requests: workers {len(seen)}, rounds {sum(load.rounds)}, peak {sampler.peak} in {sampler.samples} samples, dials {redis.dials()}")
     assert len(seen) >= 4 * WORKERS
     assert (load.wrong, load.broken) == ([], [])
@@ -352,7 +251,7 @@ def test_a_killed_worker_breaks_its_own_request_only(redis: Redis, socket_path: 
             assert isinstance(victim.result(), (OSError, http.client.HTTPException))
             for _ in range(3):  # and some that may be anywhere
                 eventually(lambda: len(it.workers()) == WORKERS, what="gunicorn replaced the worker")
-                os.kill(sorted(it.workers())[0], signal.SIGKILL)
+                it.workers()[0].kill()
                 load.goes_on(5)
         whole_cap(it, redis)
         pool = it.status()
@@ -367,17 +266,16 @@ def test_a_killed_worker_breaks_its_own_request_only(redis: Redis, socket_path: 
 
 def test_sigterm_leaves_nothing(redis: Redis, socket_path: str, tmp_path: Path) -> None:
     """SIGTERM to ``mppool run``: it exits as gunicorn does, and no process, connection, socket file or shared name is left."""
-    prefix = f"mppool-{scope_of(socket_path)}"
     with site(redis, socket_path, tmp_path) as it:
         with Load(it) as load:
             load.goes_on(5)
         everything = it.processes()
         assert len(everything) >= 1 + 2 + 1 + WORKERS  # the supervisor, the broker and its keeper, gunicorn and its workers
-        assert memory.names(prefix)
+        assert names(socket_path)
         assert it.stop() == 0
         eventually(lambda: not [process for process in everything if process.is_running()], what="processes left over")
         eventually(lambda: not redis.clients(), what="connections left over")
-        assert memory.names(prefix) + memory.names(f"sem.{prefix}") == []
+        assert names(socket_path) == []
         eventually(lambda: os.listdir(os.path.dirname(socket_path)) == [], what="files left over")
     assert (load.wrong, load.broken) == ([], [])
 

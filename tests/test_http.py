@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 import ssl
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -154,14 +156,16 @@ def test_half_read_responses_are_not_lent_on(web: Nginx, socket_path: str) -> No
         assert client.get(f"{web.url}/echo?nonce=d").text.split()[0] == second != first.decode()
 
 
-def test_a_cancelled_request_poisons_nothing(web: Nginx, socket_path: str) -> None:
-    """Requests of httpx's asynchronous client that are cancelled in mid-response: every later answer is its own."""
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_cancelled_request_poisons_nothing(web: Nginx, socket_path: str, scheme: str) -> None:
+    """Requests of httpx's asynchronous client that are cancelled in mid-handshake or mid-response: every later answer is its own."""
+    url = web.url if scheme == "http" else web.secure
 
     async def main() -> int:
         cancelled = 0
-        async with httpx.AsyncClient(transport=AsyncHTTPTransport(max_connections=2, broker=socket_path), timeout=20) as client:
-            for n in range(150):
-                task = asyncio.ensure_future(client.get(f"{web.url}/slow/file"))
+        async with httpx.AsyncClient(transport=AsyncHTTPTransport(max_connections=2, broker=socket_path, verify=False), timeout=20) as client:
+            for n in range(75):
+                task = asyncio.ensure_future(client.get(f"{url}/slow/file"))
                 for _ in range(n % 25):
                     await asyncio.sleep(0)
                 task.cancel()
@@ -169,10 +173,10 @@ def test_a_cancelled_request_poisons_nothing(web: Nginx, socket_path: str) -> No
                     await task
                 except asyncio.CancelledError:
                     cancelled += 1
-                assert (await client.get(f"{web.url}/echo?nonce={n}")).text.split()[1] == str(n)
+                assert (await client.get(f"{url}/echo?nonce={n}")).text.split()[1] == str(n)
         return cancelled
 
-    assert asyncio.run(main()) > 75
+    assert asyncio.run(main()) > 30
     assert web.connections() <= 2
 
 
@@ -250,9 +254,66 @@ def test_https_is_resident_and_counts_in_the_cap(web: Nginx, socket_path: str, b
             found.append(child.result())
     assert found[0][0] == found[0][1] != found[0][2]
     assert len({*found[0], *found[1]}) == 3
-    context = ssl.create_default_context(cafile=web.certificate)
-    with httpx.Client(transport=HTTPTransport(broker=socket_path, verify=context)) as client:
-        assert len({client.get(f"{web.secure}/echo?nonce=1").text for _ in range(5)}) == 1
+
+
+def secure_by_httpx(path: str, cap: int, verify: Any, timeout: float = 20.0) -> Get:
+    client = httpx.Client(transport=HTTPTransport(max_connections=cap, broker=path, verify=verify, connect_timeout=timeout), timeout=20)
+    return lambda url: client.get(url).raise_for_status().text
+
+
+def secure_by_async_httpx(path: str, cap: int, verify: Any, timeout: float = 20.0) -> Get:
+    loop = asyncio.new_event_loop()
+    loops.append(loop)
+    client = httpx.AsyncClient(transport=AsyncHTTPTransport(max_connections=cap, broker=path, verify=verify, connect_timeout=timeout), timeout=20)
+    return lambda url: loop.run_until_complete(client.get(url)).raise_for_status().text
+
+
+SECURE = [secure_by_httpx, secure_by_async_httpx]
+
+
+@pytest.mark.parametrize("client", SECURE)
+def test_httpx_over_tls_is_resident(web: Nginx, socket_path: str, broker: BrokerProcess, client: Callable[..., Get]) -> None:
+    """Reused by its process; ended for another one that is in need, whatever SSLContext that one has; large replies come whole; an end is an end."""
+    get = client(socket_path, 1, ssl.create_default_context(cafile=web.certificate))
+    mine = {get(f"{web.secure}/echo?nonce={n}").split()[0] for n in range(5)}
+    assert len(mine) == 1
+    assert len(get(f"{web.secure}/big/file")) == 3_200_000
+
+    def work(child: Child) -> str:
+        context = ssl.create_default_context(cafile=web.certificate)
+        return client(socket_path, 1, context)(f"{web.secure}/echo?nonce=1").split()[0]
+
+    with fork(work) as (child,):
+        other = child.result()
+    assert other not in mine
+    ends = [get(f"{web.secure}/close?nonce=1").split()[0] for _ in range(3)]
+    assert len({*mine, other, *ends, get(f"{web.secure}/echo?nonce=1").split()[0]}) == 6
+
+
+@pytest.mark.parametrize("client", SECURE)
+def test_workers_share_a_small_cap_of_tls_connections(
+    web: Nginx, socket_path: str, broker: BrokerProcess, request: pytest.FixtureRequest, client: Callable[..., Get]
+) -> None:
+    """Twelve workers, some SIGKILLed, on a cap of 4 connections that cannot move: nginx never counts more, no request fails."""
+    trusting = partial(client, verify=False)
+    with Storm(asks(trusting, web.secure, socket_path, 4)) as storm, Peak(web.connections) as peak:
+        storm.run(float(request.config.getoption("--storm-seconds")) / 2)
+    print(f"\n{storm.requests} requests, {storm.kills} kills, peak {peak.most} in {peak.samples} samples")
+    assert storm.failures == []
+    assert peak.most <= 5
+    assert storm.requests > 0
+
+
+@pytest.mark.parametrize("client", SECURE)
+def test_who_does_not_trust_a_server_is_no_trouble_to_who_does(web: Nginx, socket_path: str, client: Callable[..., Get]) -> None:
+    """In one process. A handshake that fails is httpx's ConnectError, and costs no permit; one that takes too long ConnectTimeout."""
+    trusting, distrustful = client(socket_path, 1, False), client(socket_path, 1, True)
+    for _ in range(3):
+        assert trusting(f"{web.secure}/echo?nonce=1").split()[1] == "1"
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            distrustful(f"{web.secure}/echo?nonce=1")
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(httpx.ConnectTimeout):
+        client(socket_path, 1, False, 0.05)(f"https://127.0.0.1:{silent.getsockname()[1]}/")
 
 
 def test_an_adapter_can_be_pickled(web: Nginx, socket_path: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,7 +29,7 @@ from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolTimeo
 from mppool.states import Residence
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres, postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
-from tests.helpers.storm import Ask, Peak, Storm
+from tests.helpers.storm import Peak
 
 pytestmark = [needs_postgres, pytest.mark.xdist_group("postgres")]
 
@@ -544,6 +547,32 @@ def test_a_session_that_the_server_ended_is_not_lent(make: Make, database: Datab
     assert database.logins() == 2
 
 
+class Refusing(PsycopgDriver):
+    def transferred(self, session: Any) -> None:
+        raise RuntimeError("not this one")
+
+
+def test_a_transfer_that_fails_is_told_in_the_log(database: Database, broker: BrokerProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """Its session is closed, the caller gets another; at debug level the log says of which driver, and why, and nothing of the greeting."""
+    pool = mppool.Pool(driver=Refusing(database.conninfo, kwargs=autocommit()), name="refusing", max_size=1, timeout=20, broker=broker.path)
+
+    def work(child: Child) -> None:
+        with pool.connection() as conn:
+            backend = pid_of(conn)
+        child.tell(backend)
+        child.hear()
+
+    with fork(work) as (child,), caplog.at_level(logging.DEBUG, "mppool"):
+        foreign = child.hear()
+        with pool.connection() as conn:
+            assert pid_of(conn) != foreign
+            greeting = conn._mppool.greeting
+    [record] = [record for record in caplog.records if record.levelno == logging.DEBUG]
+    assert record.getMessage() == "postgres session of pool 'refusing' is closed, reset_failed: RuntimeError: not this one"
+    assert not any(part in caplog.text for part in (repr(greeting), greeting.hex(), database.password))
+    pool.close()
+
+
 def test_idle_session_timeout_is_noticed(make: Make, database: Database) -> None:
     """The server ends sessions that idle: it says why before it closes, and that is no answer to anybody's question."""
     database.ask(f"alter role {database.user} set idle_session_timeout = '100ms'")
@@ -739,6 +768,18 @@ def test_a_unix_socket_moves_and_cancels(encrypting: Postgres, socket_path: str,
     database.drop()
 
 
+def shown(socket_path: str, *options: str) -> str:
+    """What ``mppool status`` prints, on a wide terminal."""
+    command = [sys.executable, "-m", "mppool", "status", "--socket", socket_path, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env={**os.environ, "COLUMNS": "250"}).stdout
+
+
+def status(socket_path: str) -> dict[str, Any]:
+    """Its one pool."""
+    [pool] = json.loads(shown(socket_path, "--json"))["pools"]
+    return dict(pool)
+
+
 def test_over_tls_sessions_stay_and_are_given_up_for_others(encrypting: Postgres, socket_path: str, broker: BrokerProcess) -> None:
     """Where the server offers TLS: resident, said so, capped over all processes, never shared, and ended where another process is in need."""
     database = Login(encrypting)
@@ -755,12 +796,13 @@ def test_over_tls_sessions_stay_and_are_given_up_for_others(encrypting: Postgres
             assert conn.pgconn.ssl_in_use
         with pool.connection() as conn:
             assert pid_of(conn) == backend, "it serves its own process again and again"
-        status = subprocess.run([sys.executable, "-m", "mppool", "status", "--socket", socket_path], capture_output=True, text=True, check=True, timeout=30)
-        assert "tls" in status.stdout
+        assert status(socket_path)["resident"] == {"tls": 1}
+        assert re.search(r"│ +1 tls │", shown(socket_path))
         child.tell("go")
         other, encrypted = child.hear()
         assert other != backend
         assert encrypted
+        assert status(socket_path)["resident"] == {"tls": 1}, "the other's, in place of ours"
     assert peak.most <= 1
     pool.close()
     database.drop()
@@ -777,50 +819,3 @@ def test_where_the_server_offers_tls(encrypting: Postgres, mode: str, residence:
     assert one(conn, "select 1") == 1
     driver.close(conn)
     database.drop()
-
-
-# Storms.
-
-
-def storm_of(pool: ConnectionPool) -> Callable[[], Ask]:
-    """Each request: nothing foreign in sight, a marker of one's own, three statements in a transaction."""
-
-    def begin() -> Ask:
-        me = str(os.getpid())
-
-        def ask(nonce: str) -> None:
-            with pool.connection() as conn:
-                seen = one(conn, "select coalesce(current_setting('app.marker', true), '')")
-                assert seen in ("", me), f"a setting of process {seen}"
-                assert conn.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
-                conn.execute("select set_config('app.marker', %s, false)", (me,))
-                conn.execute("insert into done values (%s)", (nonce,))
-                assert one(conn, "select t from done where t = %s", nonce) == nonce
-
-        return ask
-
-    return begin
-
-
-@pytest.mark.storm
-@pytest.mark.parametrize("killing", [False, True], ids=["calm", "killing"])
-def test_twelve_workers_on_four_sessions(make: Make, database: Database, request: pytest.FixtureRequest, killing: bool) -> None:
-    """Never more than four backends by the server's own count; at most six logins where nobody is killed; nothing foreign seen; what was committed is there."""
-    pool = make(max_size=4)
-    with pool.connection() as conn:
-        conn.execute("create table done (t text)")
-        conn.execute("create index on done (t)")
-    seconds = float(request.config.getoption("--storm-seconds")) / 2
-    with Peak(database.count) as peak, Storm(storm_of(pool), 12) as storm:
-        storm.run(seconds, kill_every=0.1 if killing else None)
-        logins = database.logins()  # before the end, which kills those that are at work
-        storm.end()
-    rows, distinct = database.ask("select count(*)::int, count(distinct t)::int from done")[0]
-    print(f"\n{'killing' if killing else 'calm'}: {rows} transactions, {storm.kills} kills, {logins} logins, peak {peak.most} ({peak.samples} looks)")
-    print(pool._pool.get_stats()["closed"])
-    assert storm.failures == []
-    assert peak.most <= 4
-    assert rows == distinct
-    assert rows > 200 * seconds / 4
-    if not killing:
-        assert logins <= 6

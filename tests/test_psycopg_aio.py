@@ -215,6 +215,27 @@ def test_hooks_may_be_coroutines(options: dict[str, Any], run: Any) -> None:
     assert calls == ["configure", "reset", "check", "reset"]
 
 
+@pytest.mark.parametrize("hook", ["configure", "check", "reset"])
+def test_what_a_function_closes_is_not_lent(options: dict[str, Any], run: Any, hook: str) -> None:
+    """close() in configure, check or reset ends the session for good; the caller gets another."""
+    closed: list[int] = []
+
+    async def close_the_first(conn: psycopg.AsyncConnection[Any]) -> None:
+        if not closed:
+            closed.append(conn.info.backend_pid)
+            await conn.close()
+
+    async def work() -> int:
+        async with AsyncConnectionPool(**{**options, hook: close_the_first}) as pool:
+            for _ in range(3):
+                async with pool.connection() as conn:
+                    backend = int(await one(conn, "select pg_backend_pid()"))
+            return backend
+
+    assert run(work()) not in closed
+    assert closed
+
+
 @pytest.mark.storm
 def test_workers_of_both_kinds_share_the_cap(options: dict[str, Any], database: Database, request: pytest.FixtureRequest) -> None:
     """Loops and blocking workers on three sessions, some of them killed: never more backends, nothing foreign seen."""

@@ -61,7 +61,7 @@ def test_the_arguments_are_psycopg_pools() -> None:
         assert list(theirs) == [name for name in ours if name in theirs], method
         for name, parameter in theirs.items():
             assert ours[name].kind == parameter.kind, (method, name)
-            if name != "connection_class":  # None is psycopg's own here
+            if name != "connection_class":  # None is psycopg's own here: the docstring lists that
                 assert ours[name].default == parameter.default, (method, name)
 
 
@@ -254,6 +254,51 @@ def test_check_before_lending(make: Make, database: Database) -> None:
     assert backends[0] != backends[1] == backends[2]
     assert asked == [backends[0], backends[1]]  # not those that are just made
     assert pool.get_stats()["connections_lost"] == 1
+
+
+@pytest.mark.parametrize("hook", ["configure", "check", "reset"])
+@pytest.mark.parametrize("returns", [False, True], ids=["", "close_returns"])
+def test_what_a_function_closes_is_not_lent(make: Make, database: Database, hook: str, returns: bool) -> None:
+    """close() in configure, check or reset ends the session for good; the caller gets another."""
+    closed: list[int] = []
+
+    def close_the_first(conn: psycopg.Connection[Any]) -> None:
+        if not closed:
+            closed.append(conn.info.backend_pid)
+            conn.close()
+
+    pool = make(close_returns=returns, **{hook: close_the_first})
+    for _ in range(3):
+        with pool.connection() as conn:
+            backend = pid_of(conn)
+            assert backend not in closed or hook != "configure"
+    assert closed
+    assert backend not in closed
+    eventually(lambda: [row["pid"] for row in database.backends()] == [backend])
+
+
+def test_closing_in_check_what_another_process_used(make: Make, database: Database) -> None:
+    """Also a session that was never lent here before."""
+    seen: list[int] = []
+
+    def check(conn: psycopg.Connection[Any]) -> None:
+        seen.append(conn.info.backend_pid)
+        conn.close()
+
+    plain, pool = make(name="one"), make(name="one", check=check)
+
+    def use(child: Child) -> None:
+        with plain.connection() as conn:
+            backend = pid_of(conn)
+        child.tell(backend)
+        child.hear()
+
+    with fork(use) as (child,):
+        foreign = child.hear()
+        with pool.connection() as conn:
+            assert pid_of(conn) != foreign
+    assert seen == [foreign]
+    assert database.logins() == 2
 
 
 def test_check_connection(make: Make) -> None:

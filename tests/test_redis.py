@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,27 +20,13 @@ from mppool.drivers.redis import RedisDriver
 from mppool.integrations.redis import BlockingConnectionPool, ConnectionPool
 from mppool.states import Residence
 from mppool.testing import check_driver
+from tests.helpers.certificates import self_signed
 from tests.helpers.daemons import free_port, needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.redis import PASSWORD, Server, redis_server
 from tests.helpers.storm import Ask, Peak, Storm
 
 pytestmark = needs("redis-server")
-
-
-@pytest.fixture(scope="module")
-def server_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as it:
-        yield it
-
-
-@pytest.fixture
-def redis_(server_of_module: Server) -> Iterator[Server]:
-    """Empty, and without clients; afterwards, too."""
-    server_of_module.judge.flushall()
-    eventually(lambda: not server_of_module.count(), what="the server has clients")
-    yield server_of_module
-    eventually(lambda: not server_of_module.count(), what="the server has clients left")
 
 
 Make = Callable[..., Any]
@@ -544,29 +529,12 @@ def test_no_timeout_is_no_blocking_socket(redis_: Server, make: Make) -> None:
 @needs("openssl")
 def test_tls_sessions_stay_but_count(tmp_path: Path, broker: BrokerProcess) -> None:
     """rediss://: sessions stay with their process; the cap is the host's all the same, and who waits gets another's idle place."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        str(key),
-        "-out",
-        str(certificate),
-        "-days",
-        "2",
-        "-subj",
-        "/CN=localhost",
-    ]
-    subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    key, certificate = self_signed(tmp_path)
     port = free_port()
-    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    options = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no")
     with redis_server(tmp_path, *options) as server:
         pool = BlockingConnectionPool.from_url(
-            f"rediss://:{PASSWORD}@127.0.0.1:{port}/0", ssl_ca_certs=str(certificate), max_connections=1, timeout=10, broker=broker.path
+            f"rediss://:{PASSWORD}@127.0.0.1:{port}/0", ssl_ca_certs=certificate, max_connections=1, timeout=10, broker=broker.path
         )
         client: Any = redis.Redis(connection_pool=pool)
         with fork(answering(client)) as (child,):

@@ -25,7 +25,8 @@ from mppool.kernel import link
 from mppool.launch import ALREADY_RUNNING
 from mppool.succession import is_taken, take_place
 from mppool.wire import Kind, Message, decode, encode
-from tests.conftest import processes_of
+from tests.helpers.leases import lease_all, leave_sessions
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import PATIENCE, BrokerProcess, Child, answers, broker_process, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.replace import Rig, keeper_of
@@ -54,28 +55,6 @@ def pid_serving(path: str) -> int:
 
 def brokers_of(path: str) -> list[psutil.Process]:
     return [process for process in processes_of(path) if "broker" in process.info["cmdline"]]  # as it was then: it may be a zombie by now
-
-
-def leave_sessions(pool: mppool.Pool, count: int) -> None:
-    """A worker that dials so many sessions, gives them back, and is gone: afterwards only broker and keeper have them."""
-
-    def work(_: Child) -> None:
-        use(pool, count)
-        table, words = pool._worker.table, pool._worker.words  # type: ignore[union-attr]
-        eventually(lambda: sum(map(bool, words[table.shared_flag : table.shared_flag + table.slots])) == count)
-
-    with fork(work) as (child,):
-        child.result()
-
-
-def use(pool: mppool.Pool, count: int) -> list[int]:
-    """Lease so many at once: the numbers of the connections."""
-    sessions = [pool.getconn(timeout=10) for _ in range(count)]
-    try:
-        return sorted(ask(session, f"n{n}") for n, session in enumerate(sessions))
-    finally:
-        for session in sessions:
-            pool.putconn(session)
 
 
 def test_under_load_nothing_is_lost_and_nothing_fails(server: Judge, socket_path: str) -> None:
@@ -121,7 +100,7 @@ def test_sessions_of_pools_without_workers_live_on(server: Judge, broker: Broker
     leave_sessions(pool, 2)
     with replacing(broker.path):
         assert broker.process.wait(PATIENCE) == 0
-        assert use(pool, 2) == [1, 2]
+        assert lease_all(pool, 2) == {1, 2}
         assert server.counts()["dials"] == 2
         pool.close()
 
@@ -157,7 +136,7 @@ def test_who_waits_in_the_queue_goes_on_waiting(server: Judge, broker: BrokerPro
 def test_two_at_once(server: Judge, broker: BrokerProcess) -> None:
     """Two that want the place at the same time get it one after the other: one broker is left."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
-    use(pool, 1)
+    lease_all(pool, 1)
     with replacing(broker.path) as one, replacing(broker.path) as other:
         assert broker.process.wait(PATIENCE) == 0
         eventually(lambda: (one.poll() is None) != (other.poll() is None), 20)
@@ -165,7 +144,7 @@ def test_two_at_once(server: Judge, broker: BrokerProcess) -> None:
         assert first.returncode == 0
         eventually(lambda: answers(broker.path))
         assert pid_serving(broker.path) == last.pid
-        assert use(pool, 1) == [1]
+        assert lease_all(pool, 1) == {1}
         pool.close()
 
 
@@ -189,7 +168,7 @@ def test_the_old_one_comes_back(server: Judge, broker: BrokerProcess, step: str)
     asking.close()
     eventually(lambda: answers(broker.path) and is_taken(broker.path))
     assert pid_serving(broker.path) == broker.pid
-    assert use(pool, 2) == [1, 2]
+    assert lease_all(pool, 2) == {1, 2}
     pool.close()
 
 
@@ -215,10 +194,10 @@ def test_duplicates_on_their_way_are_taken(server: Judge, broker: BrokerProcess)
     pool = mppool.Pool(server.address, max_size=4, name="p", broker=broker.path)
 
     def work(child: Child) -> None:
-        use(pool, 1)
+        lease_all(pool, 1)
         child.tell()
         child.hear()
-        use(pool, 4)
+        lease_all(pool, 4)
 
     with fork(work) as (child,):
         child.hear()
@@ -235,7 +214,7 @@ def test_duplicates_on_their_way_are_taken(server: Judge, broker: BrokerProcess)
                 eventually(lambda: answers(broker.path))
                 link.send(asking, encode(Message(Kind.REPLACED)))
                 assert broker.process.wait(PATIENCE) == 0
-                assert use(pool, 4) == [1, 2, 3, 4]
+                assert lease_all(pool, 4) == {1, 2, 3, 4}
                 pool.close()
 
 
@@ -245,10 +224,10 @@ def test_duplicates_on_their_way_when_it_is_told_to_end(server: Judge, broker: B
     pool.open()
 
     def work(child: Child) -> None:
-        use(pool, 1)
+        lease_all(pool, 1)
         child.tell()
         child.hear()
-        use(pool, 6)
+        lease_all(pool, 6)
 
     with fork(work) as (child,):
         child.hear()
@@ -259,7 +238,7 @@ def test_duplicates_on_their_way_when_it_is_told_to_end(server: Judge, broker: B
         broker.process.send_signal(signal.SIGCONT)
         assert broker.process.wait(PATIENCE) == 0
         broker.process = broker._start()
-        assert use(pool, 6) == [1, 2, 3, 4, 5, 6]
+        assert lease_all(pool, 6) == {1, 2, 3, 4, 5, 6}
         pool.close()
 
 
@@ -273,7 +252,7 @@ def test_run_lives_with_a_replaced_broker(server: Judge, socket_path: str) -> No
         try:
             eventually(lambda: answers(socket_path) and psutil.Process(run.pid).children())
             pool = mppool.Pool(server.address, max_size=2, broker=socket_path)
-            use(pool, 2)
+            lease_all(pool, 2)
             with replacing(socket_path) as process:
                 eventually(lambda: pid_serving(socket_path) == process.pid, 20)
                 eventually(lambda: [broker.pid for broker in brokers_of(socket_path)] == [process.pid])
@@ -284,7 +263,7 @@ def test_run_lives_with_a_replaced_broker(server: Judge, socket_path: str) -> No
                 process.kill()
                 process.wait()
                 eventually(lambda: (pid := pid_serving(socket_path)) and is_taken(socket_path) and psutil.Process(pid).ppid() == run.pid, 20)
-            assert use(pool, 2) == [1, 2]
+            assert lease_all(pool, 2) == {1, 2}
             pool.close()
         finally:
             run.terminate()
@@ -293,12 +272,12 @@ def test_run_lives_with_a_replaced_broker(server: Judge, socket_path: str) -> No
 def test_an_autostarted_broker_is_replaced(server: Judge, socket_path: str) -> None:
     """A broker that a worker started makes room like any other."""
     with mppool.Pool(server.address, max_size=1, name="auto", broker=socket_path, autostart=True) as pool:
-        use(pool, 1)
+        lease_all(pool, 1)
         first = pid_serving(socket_path)
         with replacing(socket_path, "--background") as process:
             assert process.wait(PATIENCE) == 0
         eventually(lambda: not psutil.pid_exists(first))
-        assert use(pool, 1) == [1]
+        assert lease_all(pool, 1) == {1}
         second = pid_serving(socket_path)
         assert second not in (first, process.pid)
     os.kill(second, signal.SIGTERM)
@@ -332,7 +311,7 @@ def test_what_a_dead_broker_put_is_kept(server: Judge, broker: BrokerProcess) ->
     keeper = eventually(lambda: keeper_of(broker.path))
 
     def work(child: Child) -> None:
-        use(pool, 3)
+        lease_all(pool, 3)
         child.tell()
         time.sleep(60)
 
@@ -348,18 +327,18 @@ def test_what_a_dead_broker_put_is_kept(server: Judge, broker: BrokerProcess) ->
         child.wait()
         broker.process = broker._start()
         goes_on.join()
-        assert use(pool, 3) == [1, 2, 3]
+        assert lease_all(pool, 3) == {1, 2, 3}
         pool.close()
 
 
 def test_a_silent_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> None:
     """A keeper that is stopped is given up after some seconds; another one gets everything."""
     pool = mppool.Pool(server.address, max_size=2, name="p", broker=broker.path)
-    use(pool, 1)
+    lease_all(pool, 1)
     keeper = eventually(lambda: keeper_of(broker.path))
     keeper.suspend()
     try:
-        use(pool, 2)
+        lease_all(pool, 2)
         worker: Any = pool._worker
         eventually(lambda: all(worker.words[worker.table.shared_flag + k] for k in range(2)), 20)
     finally:
@@ -367,14 +346,14 @@ def test_a_silent_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> No
     psutil.wait_procs([keeper], 10)
     assert not keeper.is_running()
     broker.restart()
-    assert use(pool, 2) == [1, 2]
+    assert lease_all(pool, 2) == {1, 2}
     pool.close()
 
 
 def test_stray_descriptors_are_closed(server: Judge, broker: BrokerProcess) -> None:
     """Messages with descriptors that nobody asked for cost neither broker nor keeper a descriptor."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
-    use(pool, 1)
+    lease_all(pool, 1)
     keeper = eventually(lambda: keeper_of(broker.path))
     found = find_pool(broker.path, "p")
     assert found is not None
@@ -392,7 +371,7 @@ def test_stray_descriptors_are_closed(server: Judge, broker: BrokerProcess) -> N
         with link.connect(path) as sock, contextlib.suppress(OSError):
             link.send(sock, b"", 0)
     eventually(lambda: (process.num_fds(), eventually(lambda: keeper_of(broker.path)).num_fds()) == before, what=f"{before}")
-    assert use(pool, 1) == [1]
+    assert lease_all(pool, 1) == {1}
     pool.close()
 
 

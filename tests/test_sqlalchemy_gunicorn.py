@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,11 +32,7 @@ def test_the_example_keeps_its_books(database: Database, socket_path: str, tmp_p
 
     with site(EXAMPLE, "serving.py", "bank:app", socket_path, tmp_path, 6, DATABASE_URL=url, DATABASE_CONNECTIONS=str(cap)) as it:
         with Load(it, ask) as load, Peak(database.count) as peak:
-            until, kills = time.monotonic() + seconds, 0
-            while time.monotonic() < until:
-                time.sleep(0.4)
-                it.kill_a_worker()
-                kills += 1
+            kills = it.kill_workers(seconds)
         assert eventually(lambda: it.get("/total") == (200, "0"))
     assert load.wrong == []
     assert sum(load.rounds) > 10

@@ -24,7 +24,8 @@ from mppool.fdstore import INDEX, name_of, read_index
 from mppool.keeper import keeper_path
 from mppool.kernel import link
 from mppool.wire import Kind, Message, decode, encode, pack_held
-from tests.conftest import processes_of
+from tests.helpers.leases import lease_all, leave_sessions
+from tests.helpers.leftovers import processes_of
 from tests.helpers.processes import Child, answers, die_with_parent, eventually, fork
 from tests.helpers.server import Judge, ask
 from tests.replace import TRACER, keeper_of
@@ -147,27 +148,6 @@ def ready(manager: Manager) -> None:
     eventually(lambda: "READY=1" in manager.said, 20)
 
 
-def use(pool: mppool.Pool, count: int) -> list[int]:
-    sessions = [pool.getconn(timeout=10) for _ in range(count)]
-    try:
-        return sorted(ask(session, f"n{n}") for n, session in enumerate(sessions))
-    finally:
-        for session in sessions:
-            pool.putconn(session)
-
-
-def leave_sessions(pool: mppool.Pool, count: int) -> None:
-    """A worker that dials so many sessions, gives them back, and is gone: afterwards only broker and keeper have them."""
-
-    def work(_: Child) -> None:
-        use(pool, count)
-        table, words = pool._worker.table, pool._worker.words  # type: ignore[union-attr]
-        eventually(lambda: sum(map(bool, words[table.shared_flag : table.shared_flag + table.slots])) == count)
-
-    with fork(work) as (child,):
-        child.result()
-
-
 def test_readiness_status_watchdog_and_end(server: Judge, manager: Manager) -> None:
     """READY when it serves the listener it was given, STATUS with numbers, WATCHDOG from its loop, STOPPING; the socket stays systemd's."""
     waiting = link.connect(manager.path)  # before there is a broker: in line, not refused
@@ -179,12 +159,12 @@ def test_readiness_status_watchdog_and_end(server: Judge, manager: Manager) -> N
     assert decode(link.receive(waiting)[0], 0).kind is Kind.REFUSED
     waiting.close()
     with mppool.Pool(server.address, max_size=2, name="p", broker=manager.path) as pool:
-        use(pool, 2)
+        lease_all(pool, 2)
         eventually(lambda: "STATUS=1 pools, 1 workers, 2 sessions, 0 waiting" in manager.said)
         eventually(lambda: manager.said.count("WATCHDOG=1") > 3)
         os.kill(manager.pid, signal.SIGSTOP)
         beats = manager.said.count("WATCHDOG=1")
-        use(pool, 2)
+        lease_all(pool, 2)
         assert manager.said.count("WATCHDOG=1") <= beats + 1
         os.kill(manager.pid, signal.SIGCONT)
         keeper = eventually(lambda: keeper_of(manager.path))
@@ -233,7 +213,7 @@ def test_a_restart_loses_no_session(server: Judge, manager: Manager, kill_mode: 
         for worker in workers:
             worker.tell()
         assert all(worker.result() >= 50 for worker in workers)
-    assert len(use(quiet, 3)) == 3
+    assert len(lease_all(quiet, 3)) == 3
     assert server.counts()["dials"] == dials
     live = server.counts()["live"]
     quiet.resize(1)
@@ -282,7 +262,7 @@ def test_what_the_table_does_not_know_is_ended(server: Judge, manager: Manager) 
         other.close()
     ask(held, "still-mine")
     pool.putconn(held)
-    assert use(pool, 1) == [1]
+    assert lease_all(pool, 1) == {1}
     pool.close()
 
 
@@ -292,7 +272,7 @@ def test_killed_while_it_stores(server: Judge, manager: Manager, fatal: int) -> 
     manager.start("--socket", manager.path, program=("-c", TRACER, "fdstore.py:upload", str(fatal)))
     ready(manager)
     pool = mppool.Pool(server.address, max_size=4, name="p", broker=manager.path)
-    use(pool, 4)
+    lease_all(pool, 4)
     held = pool.getconn()
     ask(held, "mine")
     manager.stop()
@@ -300,7 +280,7 @@ def test_killed_while_it_stores(server: Judge, manager: Manager, fatal: int) -> 
     ready(manager)
     ask(held, "still-mine")
     pool.putconn(held)
-    assert use(pool, 4) == [1, 2, 3, 4]
+    assert lease_all(pool, 4) == {1, 2, 3, 4}
     assert server.counts()["dials"] == 4
     pool.close()
 
@@ -344,7 +324,7 @@ def test_only_whom_systemd_means_speaks_to_it(server: Judge, socket_path: str, t
         code = f"import mppool; p = mppool.Pool({server.address!r}); p.putconn(p.getconn())"
         subprocess.run([sys.executable, "-m", "mppool", "run", "--socket", socket_path, "--", sys.executable, "-c", code], timeout=30, check=True)
         with mppool.Pool(server.address, name="auto", broker=socket_path, autostart=True) as pool:
-            use(pool, 1)
+            lease_all(pool, 1)
         for process in processes_of(socket_path):
             if "broker" in process.cmdline():
                 process.terminate()

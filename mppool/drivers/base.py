@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mppool.errors import OptionError
 from mppool.states import Residence
 
-__all__ = ["AsyncDriverBase", "DriverBase"]
+__all__ = ["AsyncDriverBase", "DriverBase", "policy"]
 
 
 class DriverBase:
@@ -135,3 +136,11 @@ class AsyncDriverBase(DriverBase):
 
     def resume(self, session: Any) -> None:
         """The session is ours again (lent, or about to be tidied or checked): read from it again. May be repeated."""
+
+
+def policy(on_transfer: str, *known: str) -> str:
+    """When a driver resets sessions: "reset" is when they change processes, "always" at every return, "trust" never. Raises OptionError for any other word."""
+    known = known or ("reset", "always", "trust")
+    if on_transfer not in known:
+        raise OptionError(f"on_transfer={on_transfer!r}: expected one of {', '.join(known)}")
+    return on_transfer

@@ -8,7 +8,7 @@ import socket
 import weakref
 from collections import deque
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from mppool.errors import DialFailed
 from mppool.options import Target
@@ -18,6 +18,8 @@ __all__ = ["FOREVER", "Dialer", "abandon", "addresses", "adopt", "dial_failed", 
 # A Python socket without a timeout is blocking in the kernel too, and that would reach every process that has it. A
 # timeout of eleven days is as good, and leaves the connection non-blocking.
 FOREVER = 1_000_000.0
+
+S = TypeVar("S", bound=socket.socket)
 
 
 class Dialer:
@@ -109,18 +111,22 @@ def dial_failed(target: Target, error: OSError | UnicodeError) -> DialFailed:
     return DialFailed(f"target={str(target)!r}: {error}")
 
 
-def adopt(fd: int) -> socket.socket:
+@overload
+def adopt(fd: int) -> socket.socket: ...
+@overload
+def adopt(fd: int, kind: type[S]) -> S: ...
+def adopt(fd: int, kind: type[socket.socket] = socket.socket) -> Any:
     """A socket object of its own, with timeout FOREVER, for a duplicate of ``fd``.
 
     Duplicated and wrapped in one step of the interpreter: whatever a signal handler throws, no descriptor is left open.
     """
     if issubclass(socket.socket, _socket.socket):
-        sock = socket.socket.__new__(socket.socket)
-        sock._io_refs, sock._closed = 0, False  # type: ignore[attr-defined]
+        sock: Any = kind.__new__(kind)
+        sock._io_refs, sock._closed = 0, False
         # What its __init__ in Python does: an exception before that one's first line would lose what is duplicated already.
         deque(map(partial(_socket.socket.__init__, sock, -1, -1, -1), map(os.dup, (fd,))), 0)
     else:  # gevent has put its own in its place
-        sock = socket.socket(fileno=os.dup(fd))
+        sock = kind(fileno=os.dup(fd))
     sock.settimeout(FOREVER)
     return sock
 

@@ -62,8 +62,8 @@ class HTTPDriver(DriverBase):
         if sock is None or session._HTTPConnection__state != "Idle" or (session._tunnel_host and not isinstance(sock, ssl.SSLSocket)):
             return False
         response = session._HTTPConnection__response
-        if response is not None and not response.isclosed():
-            return False
+        if response is not None and (not response.isclosed() or response.status < 200):
+            return False  # (to http.client a 103 is a whole response: the real one is still to come; after a 101 it is HTTP no more)
         if sock.gettimeout() != FOREVER:
             sock.settimeout(FOREVER)
         return True

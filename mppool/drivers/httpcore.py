@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import httpcore
 
@@ -17,6 +18,8 @@ from mppool.options import Target
 from mppool.states import Residence
 
 __all__ = ["AsyncHttpcoreDriver", "HttpcoreDriver"]
+
+T = TypeVar("T")
 
 
 class Stream(httpcore.NetworkStream):
@@ -56,7 +59,7 @@ class AsyncStream(httpcore.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         try:
-            return await within(timeout, asyncio.get_running_loop().sock_recv(self.sock, max_bytes))
+            return await within(timeout, self._receive(max_bytes))
         except asyncio.TimeoutError as error:
             raise httpcore.ReadTimeout(str(error)) from error
         except OSError as error:
@@ -65,17 +68,69 @@ class AsyncStream(httpcore.AsyncNetworkStream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         try:
             if buffer:
-                await within(timeout, asyncio.get_running_loop().sock_sendall(self.sock, buffer))
+                await within(timeout, self._send(buffer))
         except asyncio.TimeoutError as error:
             raise httpcore.WriteTimeout(str(error)) from error
         except OSError as error:
             raise httpcore.WriteError(str(error)) from error
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        return await asyncio.get_running_loop().sock_recv(self.sock, max_bytes)
+
+    async def _send(self, buffer: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sock, buffer)
 
     async def aclose(self) -> None:
         self.sock.close()
 
     def get_extra_info(self, info: str) -> Any:
         return extra_info(self.sock, info)
+
+
+class AsyncTLSStream(AsyncStream):
+    """The same over TLS. What was not asked for stays in the kernel, where the pool sees it; asyncio's own would read it."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        super().__init__(sock)
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
+
+    async def shake_hands(self) -> None:
+        await self._do(self.tls.do_handshake)
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        try:
+            return await self._do(lambda: self.tls.read(max_bytes))
+        except ssl.SSLZeroReturnError:
+            return b""
+
+    async def _send(self, buffer: bytes) -> None:
+        await self._do(lambda: self.tls.write(buffer))
+
+    async def _do(self, step: Callable[[], T]) -> T:
+        """Take the step, as often as it wants more of the server's; send what comes of it."""
+        while True:
+            done: list[T] = []
+            try:
+                done.append(step())
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                if self.outgoing.pending:  # of a failed handshake: the alert
+                    await super()._send(self.outgoing.read())
+            if done:
+                return done[0]
+            data = await super()._receive(65536)
+            if data:
+                self.incoming.write(data)
+            else:
+                self.incoming.write_eof()
+
+    def has_read_ahead(self) -> bool:
+        return bool(self.incoming.pending or self.tls.pending())
+
+    def get_extra_info(self, info: str) -> Any:
+        return self.tls if info == "ssl_object" else super().get_extra_info(info)
 
 
 def extra_info(sock: socket.socket, info: str) -> Any:
@@ -156,12 +211,13 @@ class HttpcoreDriver(DriverBase):
 
 
 class AsyncHttpcoreDriver(AsyncDriverBase):
-    """As HttpcoreDriver, for asyncio; without TLS."""
+    """As HttpcoreDriver, for asyncio."""
 
     name = "http"
 
-    def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0) -> None:
+    def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0, ssl_context: ssl.SSLContext | None = None) -> None:
         self.origin = origin
+        self.ssl_context = ssl_context
         self.dialer = AsyncDialer(target_of(origin), connect_timeout)
 
     def key(self) -> str:
@@ -170,27 +226,37 @@ class AsyncHttpcoreDriver(AsyncDriverBase):
     async def dial(self) -> Session:
         """Raises DialFailed, always permanent: a request that finds the server down says so at once."""
         try:
-            return self._session(await self.dialer.connect())
+            sock = await self.dialer.connect()
         except DialFailed as error:
             raise DialFailed(str(error), permanent=True) from error
+        if self.ssl_context is None:
+            return self._session(AsyncStream(sock))
+        try:
+            stream = AsyncTLSStream(sock, self.ssl_context, self.dialer.target.host)
+            await within(self.dialer.connect_timeout, stream.shake_hands())
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, (OSError, asyncio.TimeoutError)):
+                raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+            raise
+        return self._session(stream)
 
-    def _session(self, sock: socket.socket) -> Session:
-        stream = AsyncStream(sock)
+    def _session(self, stream: AsyncStream) -> Session:
         return Session(httpcore.AsyncHTTP11Connection(self.origin, stream), stream)
 
     def fileno(self, session: Session) -> int:
         return int(session.stream.sock.fileno())
 
     def residence(self, session: Session) -> Residence:
-        return Residence.moves
+        return Residence.tls if isinstance(session.stream, AsyncTLSStream) else Residence.moves
 
     def attach(self, fd: int, baggage: bytes) -> Session:
         sock = adopt(fd)
         sock.setblocking(False)
-        return self._session(sock)
+        return self._session(AsyncStream(sock))
 
     def is_clean(self, session: Session) -> bool:
-        return is_at_rest(session.connection)
+        return is_at_rest(session.connection) and not (isinstance(session.stream, AsyncTLSStream) and session.stream.has_read_ahead())
 
     def close(self, session: Session) -> None:
         session.stream.sock.close()
@@ -203,8 +269,10 @@ class AsyncHttpcoreDriver(AsyncDriverBase):
 
 
 def is_at_rest(connection: Any) -> bool:
-    """Between two requests, or before the first: the public words for both are that it would take one."""
-    return bool(connection.is_idle()) or "NEW" in connection.info()
+    """Between two requests, or before the first: the public words for both are that it would take one. And nothing was read beyond the last reply."""
+    if not connection.is_idle() and "NEW" not in connection.info():
+        return False
+    return not connection._h11_state.trailing_data[0]  # h11 would take it for the reply to the next request
 
 
 def target_of(origin: httpcore.Origin) -> Target:

@@ -8,7 +8,7 @@ import os
 import socket
 from typing import Any
 
-from mppool.drivers.base import DriverBase
+from mppool.drivers.base import DriverBase, policy
 from mppool.drivers.dialer import FOREVER, Dialer, abandon
 from mppool.drivers.postgres import cancel_request, greeting_of, is_hopeless
 from mppool.errors import DialFailed, Error, OptionError, ProtocolError
@@ -122,11 +122,9 @@ class Pg8000Driver(DriverBase):
         timeout: float | None = None,
         **options: Any,
     ) -> None:
-        if on_transfer not in ("reset", "always", "trust"):
-            raise OptionError(f'on_transfer={on_transfer!r}: expected "reset", "always" or "trust"')
         if options.get("sock") is not None:
             raise OptionError("sock=...: the pool opens its own connections")
-        self.on_transfer = on_transfer
+        self.on_transfer = policy(on_transfer)
         self.tidies_always = on_transfer == "always"
         self.connection_class = connection_class
         self.patience = FOREVER if timeout is None else timeout

@@ -14,10 +14,10 @@ from mppool.drivers.dialer import Dialer, abandon, addresses, adopt, dial_failed
 from mppool.options import Target
 from mppool.states import Residence
 
-__all__ = ["AsyncDialer", "AsyncRawDriver", "StreamDriver", "Streams", "drop", "within"]
+__all__ = ["AsyncDialer", "AsyncRawDriver", "StreamDriver", "Streams", "Tap", "drop", "within"]
 
 T = TypeVar("T")
-
+WARY = 16  # returns
 
 if sys.version_info >= (3, 11):
 
@@ -108,9 +108,10 @@ class AsyncRawDriver(AsyncDriverBase):
             return False
         if session.timeout != 0.0:
             session.setblocking(False)
-        loop = asyncio.get_running_loop()
-        # One that watches still would be told of every reply that others get; was a call of it given up half-way, too.
-        return not loop.remove_reader(fd) and not loop.remove_writer(fd)
+        if unwatched(fd):
+            abandon(session)  # asked again, it is unfit still
+            return False
+        return True
 
     def close(self, session: socket.socket) -> None:
         session.close()
@@ -122,11 +123,68 @@ class AsyncRawDriver(AsyncDriverBase):
         return self.dialer.forked()
 
 
-class Streams(NamedTuple):
+def unwatched(fd: int) -> bool:
+    """Make the running loop watch a descriptor no more. Did it? It would be told of every reply that others get; was a call of it given up half-way, too.
+
+    Raises RuntimeError if a transport has it.
+    """
+    loop: Any = asyncio.get_running_loop()
+    try:
+        if fd not in loop._selector._fd_to_key and fd not in loop._transports:
+            return False  # by asyncio's own books, which are read in a tenth of the time
+    except AttributeError:
+        pass  # another loop's
+    reads, writes = loop.remove_reader(fd), loop.remove_writer(fd)
+    return bool(reads or writes)
+
+
+class Tap(socket.socket):
+    """A transport's socket, which can be turned off: then nothing is read from it. The calls are named as the transport's own.
+
+    While it is off the loop goes on watching, as a rule: to end that at each return, and begin again, costs more than all else of
+    both. What then arrives is for somebody else, and ends it; for some returns after that it is ended at once.
+    """
+
+    transport: Any = None
+    off = False
+    used = False  # has the transport read through here? Those of uvloop never do
+    wary = 0  # at so many returns the loop stops watching at once
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Streams over this socket, which are its end, too; so is an exception."""
+        try:
+            self.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=self)
+        except BaseException:
+            abandon(self)
+            raise
+        self.transport = writer.transport
+        return reader, writer
+
+    def recv(self, *args: Any) -> bytes:
+        if self.off:
+            self.transport.pause_reading()
+            self.wary = WARY
+            raise BlockingIOError
+        self.used = True
+        return super().recv(*args)
+
+    def pause_reading(self) -> None:
+        self.off = True
+        if self.wary or not self.used:
+            self.transport.pause_reading()
+            self.wary = max(0, self.wary - 1)
+
+    def resume_reading(self) -> None:
+        self.off = False
+        if not self.transport.is_reading():
+            self.transport.resume_reading()
+
+
+class Streams(NamedTuple("Streams", [("reader", asyncio.StreamReader), ("writer", asyncio.StreamWriter)])):
     """What a pool with ``streams=True`` lends: ``reader, writer = conn``."""
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    tap: Tap
 
 
 class StreamDriver(AsyncDriverBase):
@@ -141,7 +199,8 @@ class StreamDriver(AsyncDriverBase):
         return "raw/1"
 
     async def dial(self) -> Streams:
-        return await self._wrap(await self.dialer.connect())
+        with await self.dialer.connect() as sock:
+            return await self.attach(sock.fileno(), b"")
 
     def fileno(self, session: Streams) -> int:
         return fileno(session.writer.transport)
@@ -150,29 +209,22 @@ class StreamDriver(AsyncDriverBase):
         return Residence.moves
 
     async def attach(self, fd: int, baggage: bytes) -> Streams:
-        sock = adopt(fd)
-        sock.setblocking(False)
-        return await self._wrap(sock)
-
-    async def _wrap(self, sock: socket.socket) -> Streams:
-        try:
-            return Streams(*await asyncio.open_connection(sock=sock))
-        except BaseException:
-            abandon(sock)
-            raise
+        tap = adopt(fd, Tap)
+        streams = Streams(*await tap.open())
+        streams.tap = tap
+        return streams
 
     def is_clean(self, session: Streams) -> bool:
         transport: Any = session.writer.transport
         if transport.is_closing():
             return False
-        transport.pause_reading()  # first: what comes after this line stays in the kernel
+        session.tap.pause_reading()  # first: what comes after this line stays in the kernel
         reader: Any = session.reader
         return not (reader._buffer or reader.at_eof() or reader.exception() or transport.get_write_buffer_size())
 
     def resume(self, session: Streams) -> None:
-        transport: Any = session.writer.transport
-        if not transport.is_closing():
-            transport.resume_reading()
+        if not session.writer.transport.is_closing():
+            session.tap.resume_reading()
 
     def close(self, session: Streams) -> None:
         session.writer.close()

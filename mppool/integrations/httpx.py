@@ -8,11 +8,13 @@ client = httpx.Client(transport=HTTPTransport(max_connections=8))
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 try:
@@ -40,7 +42,8 @@ def understood() -> Iterator[None]:
     except (PoolTimeout, TooManyWaiting) as error:
         raise httpx.PoolTimeout(str(error)) from error
     except DialFailed as error:
-        late = isinstance(error.__cause__ and error.__cause__.__cause__, TimeoutError)
+        causes = (error.__cause__, error.__cause__ and error.__cause__.__cause__)  # of a handshake, of a connection
+        late = any(isinstance(cause, (TimeoutError, asyncio.TimeoutError)) for cause in causes)
         raise (httpx.ConnectTimeout if late else httpx.ConnectError)(str(error)) from error
     except Exception as error:
         for kind in type(error).__mro__:
@@ -52,27 +55,46 @@ def understood() -> Iterator[None]:
 class _Transport:
     """What both transports are told: a pool for each origin, made at its first request."""
 
-    def __init__(self, *, max_connections: int = 10, connect_timeout: float = 5.0, **options: Any) -> None:
+    def __init__(self, *, max_connections: int = 10, connect_timeout: float = 5.0, verify: Any = True, **options: Any) -> None:
         self._options: dict[str, Any] = {"max_size": max_connections, "reconnect_timeout": 0.0, **options}
         self._connect_timeout = connect_timeout
+        self._verify = verify
         self._pools: dict[str, Any] = {}
 
     def pools(self) -> dict[str, Any]:
         """The pool of each origin that was asked so far: ``get_stats()``, ``resize()``, ``drain()``."""
         return dict(self._pools)
 
-    def _pool(self, request: httpx.Request, make: Callable[[httpcore.Origin], Any]) -> Any:
+    def _pool(self, request: httpx.Request) -> Any:
         url = request.url
         if url.scheme not in PORTS:
             raise httpx.UnsupportedProtocol(f"Request URL has an unsupported protocol {url.scheme!r}.")
         origin = httpcore.Origin(url.raw_scheme, url.raw_host, url.port or PORTS[url.scheme])
         pool = self._pools.get(str(origin))
-        return pool if pool is not None else self._pools.setdefault(str(origin), make(origin))
+        if pool is None:
+            context = self._context if url.scheme == "https" else None
+            made = self._make(origin, context, **{"name": name_of(origin, trust_of(context) if context else ""), **self._options})
+            pool = self._pools.setdefault(str(origin), made)  # if another thread was faster, ours is forgotten: it has done nothing yet
+        return pool
+
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        return self._verify if isinstance(self._verify, ssl.SSLContext) else httpx.create_ssl_context(self._verify)
+
+    def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> Any:
+        raise NotImplementedError
 
 
-def name_of(origin: httpcore.Origin, more: str = "") -> str:
-    digest = hashlib.blake2b(f"{origin} {more}".encode(), digest_size=4).hexdigest()
+def name_of(origin: httpcore.Origin, trust: str) -> str:
+    digest = hashlib.blake2b(f"{origin} {trust}".encode(), digest_size=4).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', str(origin))[:50].strip('-')}-{digest}"
+
+
+def trust_of(context: ssl.SSLContext) -> str:
+    """What it demands of a server, the same in every process: a worker that nobody can please is no trouble to others."""
+    authorities = sorted(context.get_ca_certs(binary_form=True))
+    demands = (context.verify_mode, context.check_hostname, context.minimum_version, context.maximum_version, authorities)
+    return hashlib.blake2b(repr(demands).encode(), digest_size=8).hexdigest()
 
 
 def as_httpcore(request: httpx.Request) -> httpcore.Request:
@@ -92,22 +114,14 @@ class HTTPTransport(_Transport, httpx.BaseTransport):
 
     HTTP/1.1. For https connections stay with the process that made them (``verify`` as httpx's: True, False or an SSLContext), capped likewise.
     Further options are those of ``mppool.Pool``. A response that is closed before it was read to its end costs its connection.
+    What a client mounts beside it has connections of its own: ``httpx.Client(proxy=...)`` goes past it, and a proxy of the environment is not asked.
     """
 
-    def __init__(self, *, max_connections: int = 10, connect_timeout: float = 5.0, verify: Any = True, **options: Any) -> None:
-        super().__init__(max_connections=max_connections, connect_timeout=connect_timeout, **options)
-        self._verify = verify
-        self._context: ssl.SSLContext | None = None
-
-    def _make(self, origin: httpcore.Origin) -> Pool:
-        context = None
-        if origin.scheme == b"https":
-            context = self._context = self._context or (self._verify if isinstance(self._verify, ssl.SSLContext) else httpx.create_ssl_context(self._verify))
-        driver = HttpcoreDriver(origin, self._connect_timeout, context)
-        return Pool(driver=driver, **{"name": name_of(origin, str(self._verify)), **self._options})
+    def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> Pool:
+        return Pool(driver=HttpcoreDriver(origin, self._connect_timeout, context), **options)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        pool: Pool = self._pool(request, self._make)
+        pool: Pool = self._pool(request)
         with understood():
             session: Session = pool.getconn(patience(request))
             try:
@@ -147,15 +161,13 @@ class Body(httpx.SyncByteStream):
 
 
 class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
-    """As HTTPTransport, for asyncio, without TLS."""
+    """As HTTPTransport, for asyncio."""
 
-    def _make(self, origin: httpcore.Origin) -> AsyncPool:
-        if origin.scheme == b"https":
-            raise httpx.UnsupportedProtocol("https: this transport has no TLS; mount httpx's own for https://")
-        return AsyncPool(driver=AsyncHttpcoreDriver(origin, self._connect_timeout), **{"name": name_of(origin, "True"), **self._options})
+    def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> AsyncPool:
+        return AsyncPool(driver=AsyncHttpcoreDriver(origin, self._connect_timeout, context), **options)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        pool: AsyncPool = self._pool(request, self._make)
+        pool: AsyncPool = self._pool(request)
         with understood():
             session: Session = await pool.getconn(patience(request))
             try:

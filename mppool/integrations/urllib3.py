@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 try:
-    import urllib3
+    import urllib3.connection
 except ImportError as error:
     raise ImportError("mppool needs urllib3 2 for this: pip install 'mppool[urllib3]'") from error
 
@@ -30,6 +30,37 @@ from mppool.pool import Pool
 __all__ = ["HTTPConnectionPool", "HTTPSConnectionPool", "PoolManager", "ProxyManager"]
 
 WAIT = 30.0  # seconds a request waits for a connection, where urllib3 would open one more
+
+
+class _Connection:
+    """urllib3 closes connections without a word to their pool (after errors, or with a response): these give their place back then."""
+
+    lender: Pool | None = None
+    """Set while it is lent."""
+
+    def close(self) -> None:
+        lender, self.lender = self.lender, None
+        super().close()  # type: ignore[misc]
+        if lender is not None:
+            try:
+                lender.putconn(self, discard=True)
+            except Error:
+                pass  # the pool has ended, or this is a forked child
+
+    def getresponse(self) -> Any:
+        lender, self.lender = self.lender, None  # http.client closes it in here if the response ends with the connection; the body is still to come
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            self.lender = lender
+
+
+class HTTPConnection(_Connection, urllib3.connection.HTTPConnection):
+    """A connection of HTTPConnectionPool's."""
+
+
+class HTTPSConnection(_Connection, urllib3.connection.HTTPSConnection):
+    """A connection of HTTPSConnectionPool's."""
 
 
 class _Shared:
@@ -77,17 +108,20 @@ class _Shared:
         if timeout is None:
             timeout = FOREVER if self.block else WAIT
         try:
-            return self._shared.getconn(timeout)
+            conn = self._shared.getconn(timeout)
         except PoolClosed:
             raise ClosedPoolError(self, "Pool is closed.") from None  # type: ignore[arg-type]
         except (PoolTimeout, TooManyWaiting) as error:
             raise EmptyPoolError(self, str(error)) from error  # type: ignore[arg-type]
         except DialFailed as error:
             raise (error.__cause__ or NewConnectionError(self._new_conn(), str(error))) from None  # the last dial of this one, or somebody's
+        conn.lender = self._shared
+        return conn
 
     def _put_conn(self, conn: Any) -> None:
-        if conn is None:
+        if conn is None or conn.lender is None:
             return  # it was closed, and given back then
+        conn.lender = None
         try:
             self._shared.putconn(conn)
         except Error:
@@ -117,9 +151,13 @@ class HTTPConnectionPool(_Shared, urllib3.HTTPConnectionPool):
     without ``block`` a request waits too, 30 s at most. ``shared`` are options of ``mppool.Pool``: broker, autostart, max_idle, ...
     """
 
+    ConnectionCls = HTTPConnection
+
 
 class HTTPSConnectionPool(_Shared, urllib3.HTTPSConnectionPool):
     """As HTTPConnectionPool. TLS connections stay with the process that made them: capped over all, closed when another process is in need."""
+
+    ConnectionCls = HTTPSConnection
 
 
 class _Manager:

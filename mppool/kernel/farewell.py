@@ -22,7 +22,8 @@ class Farewell:
         self.until = until
         self.own: socket.socket | None = None
         try:
-            self.own = socket.socket(sock.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self.own = socket.socket(sock.family, socket.SOCK_STREAM)
+            self.own.setblocking(False)  # (gevent's do not know of SOCK_NONBLOCK)
             self.own.connect(sock.getpeername())
         except BlockingIOError:
             pass  # under way

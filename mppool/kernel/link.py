@@ -33,8 +33,9 @@ def connect(path: str) -> socket.socket:
 
     Raises OSError if nobody listens (or its backlog is full: EAGAIN), BrokerUnavailable if it is another user's or may be. Nothing was sent then.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
+        sock.setblocking(False)  # (not by SOCK_NONBLOCK, which gevent's sockets do not know of: they would wait, and for ever)
         try:
             sock.connect(path)
         except PermissionError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import os
 import select
@@ -15,6 +14,8 @@ from typing import Any
 
 from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.states import Residence
+from mppool.testing.must import must_be
+from mppool.testing.peer import SilentPeer
 from mppool.testing.report import DoesNotApply, PromiseBroken
 
 __all__ = ["Kit"]
@@ -85,6 +86,10 @@ class Kit:
             if nonce not in text:
                 raise PromiseBroken(f"ask(session, {nonce!r}) got somebody else's answer: {text[:200]!r}")
 
+    def seen(self, session: Any) -> Any:
+        """The state it is in, as ``look`` says."""
+        return self.run(self.look, session) if self.look is not None else None
+
     def clean(self, session: Any) -> bool:
         answer = bool(self.run(self.driver.is_clean, session))
         self.resume(session)
@@ -116,10 +121,33 @@ class Kit:
         finally:
             self.close(session)
 
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[tuple[SilentPeer, Any]]:
+        """A session attached to a server that never says a word, and that server, which hears what it hears."""
+        with self.dialed() as session:
+            self.must_move(session)
+            carried = self.driver.detach(session)
+        with SilentPeer() as peer:
+            yield peer, self.attach(peer.ours.fileno(), carried)
+
     def must_move(self, session: Any) -> None:
         residence = self.driver.residence(session)
         if residence is not Residence.moves:
             raise DoesNotApply(f"its sessions are resident ({Residence(residence).name})")
+
+    # As the pool does.
+
+    def settle(self, session: Any) -> None:
+        """Before it lends what another process used."""
+        self.resume(session)
+        if self.driver.minds_transfer:
+            self.run(self.driver.transferred, session)
+
+    def end_use(self, session: Any) -> None:
+        """At a return; and reading stops."""
+        if self.driver.tidies_always or not self.clean(session):
+            self.run(self.driver.tidy, session)
+        must_be(bool(self.run(self.driver.is_clean, session)), "is_clean(session) is false after a round trip and tidy()")
 
     # Descriptors and connections.
 
@@ -153,36 +181,3 @@ class Kit:
     def must_not_block(self, session: Any, when: str) -> None:
         if os.get_blocking(self.fd_of(session)):
             raise PromiseBroken(f"{when} the connection is in blocking mode, for every process that has it")
-
-
-def open_descriptors() -> set[int]:
-    gc.collect()
-    return {int(name) for name in os.listdir("/proc/self/fd")} - {-1}
-
-
-class SilentPeer:
-    """A connection over TCP to somebody who listens and never says a word: ``ours`` is the client's end."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.ours = socket.create_connection(listener.getsockname())
-            self.theirs, _ = listener.accept()
-        self.ours.setblocking(False)
-        self.theirs.setblocking(False)
-
-    def heard(self) -> str | None:
-        """What the peer heard since: None for nothing at all."""
-        if not select.select([self.theirs], [], [], 0.03)[0]:
-            return None
-        try:
-            data = self.theirs.recv(4096)
-        except OSError as error:
-            return f"{error.strerror}"
-        return f"{data!r}" if data else "the end of the connection: something called shutdown()"
-
-    def __enter__(self) -> SilentPeer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ours.close()
-        self.theirs.close()

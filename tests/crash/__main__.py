@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--operation", default="", metavar="NAME", help="only operations whose name contains this")
     parser.add_argument("--kind", choices=[*KINDS], action="append", help="default: kill and signal")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    parser.add_argument("--opcodes", action="store_true", help="throw before every bytecode, not only at every line")
+    parser.add_argument("--opcodes", action="store_true", help="signals arrive before every bytecode, not only at every line")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, end_at_once)
     print(f"seed {options.seed}", flush=True)
@@ -52,7 +52,7 @@ def main() -> int:
         if todo:
             scene = Scene(has_broker)
             for operation, kind in todo:
-                scene = run(WorkerSeries(operation, scene, options.every, chance, kind, options.opcodes and kind != "kill"))
+                scene = run(WorkerSeries(operation, scene, options.every, chance, kind, options.opcodes and kind == "signal"))
             scene.end()
     of_broker = [operation for operation in BROKER_OPERATIONS if options.operation in operation.name and "kill" in kinds]
     if of_broker:

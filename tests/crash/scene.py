@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import shutil
@@ -19,13 +20,15 @@ from mppool.kernel import memory
 from mppool.kernel.runtime import pool_id, scope_of
 from mppool.snapshot import waiting
 from mppool.states import State
-from mppool.table import H_WAITERS, R_PID
+from mppool.table import H_WAITERS, R_PID, W_BEAT
 from tests.crash.peers import CAP, DEADLINE, Peer, descriptors
 from tests.crash.tracing import KINDS, Trigger
 from tests.helpers.processes import Child, answers, eventually
 from tests.helpers.server import judge
 
-__all__ = ["Lost", "Scene"]
+__all__ = ["COMING", "Broker", "Lost", "Scene"]
+
+COMING = 40.0  # seconds that a broker may take to come on a machine that has much else to do
 
 
 class Lost(Exception):
@@ -112,6 +115,12 @@ class Scene:
     def ended(self) -> bool:
         """The broker."""
         return self.broker is not None and self.broker.has_ended()
+
+    def let_broker_pass(self) -> None:
+        """Until it has executed another line since, or has ended."""
+        words = self.table.table.words
+        beat = words[W_BEAT]
+        eventually(lambda: self.ended() or words[W_BEAT] != beat, what="the broker goes on")
 
     # What is left.
 
@@ -208,10 +217,22 @@ class Broker:
     def __init__(self, path: str, trigger: Trigger | None, wait: bool = True) -> None:
         self.path = path
         self.trigger = trigger
-        self._child = Child(lambda child: serve(child, path, trigger))
+        self._stack = tempfile.TemporaryFile()  # noqa: SIM115 (as long as we are)
+        self._child = Child(lambda child: serve(child, path, trigger, self._stack.fileno()))
         self.pid = self._child.pid
         if wait:
-            eventually(self.answers)
+            self.wait_for_answer()
+
+    def wait_for_answer(self) -> None:
+        """Long enough for a machine that has much else to do; else what it is at is part of the report."""
+        try:
+            eventually(self.answers, COMING)
+        except AssertionError:
+            self._child.kill(signal.SIGUSR2)
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: os.fstat(self._stack.fileno()).st_size, 2)
+            self._stack.seek(0)
+            raise Lost(f"the broker does not come: {' '.join(self._stack.read().decode().split())}") from None
 
     def answers(self) -> bool:
         if self.has_ended():
@@ -231,15 +252,17 @@ class Broker:
 
     def kill(self) -> None:
         self._child.end()
+        self._stack.close()
 
 
-def serve(child: Child, path: str, trigger: Trigger | None) -> None:
+def serve(child: Child, path: str, trigger: Trigger | None, stack: int) -> None:
     from mppool.broker import serve
 
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (child._in, child._out):
+        if fd > 2 and fd not in (child._in, child._out, stack):
             with contextlib.suppress(OSError):
                 os.close(fd)  # the director's
+    faulthandler.register(signal.SIGUSR2, file=stack)
     logging.disable()
     warnings.simplefilter("ignore")
     if trigger is not None:

@@ -23,7 +23,6 @@ import mppool
 from mppool import claims
 from mppool.claims import Lane, Slot, named
 from mppool.keeper import keeper_path
-from mppool.kernel import memory
 from mppool.kernel.locks import LockFile
 from mppool.kernel.runtime import pool_id
 from mppool.states import State
@@ -216,7 +215,6 @@ class Seat:
         with creation_lock(ground.ident, create=False) as self.lock:
             self.row = Row(ground.table, self.lock, os.getpid())
         ground.seats.append(self)
-        self.swept = 0
 
     @property
     def alive(self) -> bool:
@@ -231,16 +229,12 @@ class Seat:
     def free_lane(self) -> int:
         return self.lanes().index(0)
 
-    def sweep(self) -> int:
+    def sweep(self) -> None:
         """Give back what was granted to us, as a worker that has no use for it does."""
-        count = 0
         for index, word in enumerate(self.lanes()):
             if word & 7 == claims.GRANTED:
                 self.accept(index)
                 self.release(index)
-                count += 1
-        self.swept += count
-        return count
 
     def accept(self, index: int) -> int:
         """The slot that was granted to this lane is ours."""
@@ -408,8 +402,3 @@ def keeper_pid(path: str) -> int:
     processes = [process for process in psutil.process_iter(["cmdline", "status", "create_time"]) if keeper_path(path) in (process.info["cmdline"] or [])]
     alive = [(process.info["create_time"], process.pid) for process in processes if process.info["status"] != psutil.STATUS_ZOMBIE]
     return max(alive)[1] if alive else 0
-
-
-def names_left(path: str) -> list[str]:
-    prefix = pool_id(path, "x").rpartition("-")[0]
-    return memory.names(prefix) + memory.names(f"sem.{prefix}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.helpers.certificates import self_signed
 from tests.helpers.daemons import daemon, free_port, needs
 
 __all__ = ["Nginx", "needs_nginx", "nginx"]
@@ -45,6 +45,9 @@ http {{
         listen 127.0.0.1:{secure} ssl;
         ssl_certificate {home}/cert.pem;
         ssl_certificate_key {home}/key.pem;
+        location /big {{ root {home}; }}
+        location /slow {{ alias {home}/big; limit_rate 1m; }}
+        location /close {{ keepalive_timeout 0; return 200 "$connection $arg_nonce"; }}
         location /echo {{ return 200 "$connection $arg_nonce"; }}
     }}
     server {{
@@ -63,9 +66,7 @@ class Nginx:
         self.url = f"http://127.0.0.1:{self.port}"
         self.short = f"http://127.0.0.1:{short}"
         self.secure = f"https://127.0.0.1:{secure}"
-        self.certificate = str(home / "cert.pem")
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-        subprocess.run([*command, "-days", "2", "-keyout", home / "key.pem", "-out", home / "cert.pem"], check=True, capture_output=True, timeout=30)
+        _, self.certificate = self_signed(home)
         (home / "big").mkdir()
         (home / "big" / "file").write_bytes(b"0123456789abcdef" * 200_000)
         text = CONFIGURATION.format(

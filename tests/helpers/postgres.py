@@ -149,10 +149,10 @@ class Database:
 class Login(Database):
     """A login of a test's own, with a schema of its own in a database that all of these share: made ten times as fast."""
 
-    def __init__(self, server: Postgres) -> None:
+    def __init__(self, server: Postgres, user: str = "") -> None:
         self.server = server
         self.name = "shared"
-        self.user = f"app{next(_numbers)}"
+        self.user = user or f"app{next(_numbers)}"
         self.password = f"secret-of-{self.user}"
         self.port = server.port
         self.conninfo = server.conninfo(self.name, self.user, self.password)

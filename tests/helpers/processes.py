@@ -17,7 +17,7 @@ from typing import Any
 
 from mppool.kernel import link
 
-__all__ = ["PATIENCE", "Child", "broker_process", "eventually", "fork"]
+__all__ = ["PATIENCE", "Child", "broker_process", "ended", "eventually", "fork"]
 
 PATIENCE = 60.0  # seconds: whatever should come about has by then, on the most loaded machine
 
@@ -174,3 +174,14 @@ def eventually(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
             return value
         assert time.monotonic() < until, f"not within {timeout} s: {what or condition}"
         time.sleep(0.002)
+
+
+def ended(process: subprocess.Popen[Any], timeout: float = PATIENCE) -> int:
+    """SIGTERM, and its exit code; killed if it does not end within so many seconds: TimeoutExpired."""
+    process.terminate()
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise

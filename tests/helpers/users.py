@@ -19,7 +19,7 @@ import pytest
 
 import mppool
 from mppool.kernel.memory import SHM
-from tests.helpers.processes import Child, die_with_parent, eventually
+from tests.helpers.processes import Child, die_with_parent, ended, eventually
 
 __all__ = ["ALICE", "BOB", "Home", "as_root", "as_user", "become", "broker_of", "home_of", "names_of", "run_as"]
 
@@ -158,10 +158,4 @@ def broker_of(uid: int, path: str, *options: str, umask: int = -1, log: str = os
         assert process.poll() is None, f"the broker ended with exit code {process.returncode}"
         yield process.pid
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
+        ended(process)

@@ -2,5 +2,6 @@
 
 ``python -m tests.matrix`` runs all rows and prints a table; ``tests/matrix/test_matrix.py`` runs each of them as a test.
 ``guard`` puts a row into a process tree of its own, ``scene`` has the server that judges and the checks at a row's end,
-``work`` is what workers do. The rows are in ``forks`` (fork, spawn, subprocesses), ``webs`` (gunicorn, uWSGI) and ``queues`` (Celery).
+``work`` is what workers do. The rows are in ``forks``, ``meanwhile`` (another thread is inside a checkout), ``orphans``, ``programs`` and ``endings``,
+``greens`` (gevent), ``webs`` (gunicorn, uWSGI) and ``queues`` (Celery).
 """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 
+from tests.helpers.daemons import free_port, listens
 from tests.helpers.processes import eventually
 from tests.matrix.scene import Scene, row
 from tests.matrix.webs import long_leases, missing
@@ -26,8 +26,7 @@ class Queue:
 
     def __init__(self, scene: Scene, *options: str, **environment: str) -> None:
         self.scene = scene
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = int(listener.getsockname()[1])
+        port = free_port()
         where = ("--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(scene.home))
         self.redis = scene.start("redis-server", *where, name="log-redis")
         eventually(lambda: listens(port), 20, what="redis-server listens")
@@ -57,14 +56,6 @@ class Queue:
         self.scene.notes.append(f"{len(self.scene.tally.lines('task'))} of {self.sent} tasks in {len(pids)} children")
         assert code == 0, f"exit code {code}"
         assert len(self.scene.tally.lines("parent")) == 2, "the parent used the pool at the end, too"
-
-
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 @row("Celery prefork", workers=CONCURRENCY, cap=CAP, kills=True, why_not=why_not)

@@ -147,7 +147,7 @@ def row(
 
 def rows() -> dict[str, Row]:
     """All of them, in the order of the files."""
-    from tests.matrix import forks, greens, queues, webs  # noqa: F401 (they register theirs)
+    from tests.matrix import endings, forks, greens, meanwhile, orphans, programs, queues, webs  # noqa: F401 (they register theirs)
 
     return _rows
 

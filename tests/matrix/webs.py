@@ -7,7 +7,6 @@ import http.client
 import importlib.util
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -15,7 +14,9 @@ from collections.abc import Callable
 
 import psutil
 
+from tests.helpers.daemons import free_port
 from tests.helpers.processes import eventually
+from tests.helpers.site import Clients
 from tests.matrix.scene import Scene, row
 
 CLIENTS = 8
@@ -36,8 +37,7 @@ class Site:
     """A web server with workers, that one of the rows' ways starts."""
 
     def __init__(self, scene: Scene, *command: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = int(listener.getsockname()[1])
+        self.port = free_port()
         address = f"127.0.0.1:{self.port}"
         self.process = scene.start(*(part.replace("BIND", address) for part in command), BIND=address, WEB_CONCURRENCY=str(WORKERS), **environment)
         eventually(lambda: self.process.poll() is not None or len(self.workers()) == WORKERS, 20, what="the workers")
@@ -75,54 +75,40 @@ class Site:
         return self.process.wait(20)
 
 
-class Load:
-    """Client threads that ask all the time, some of them for something slow."""
+class Load(Clients):
+    """Some of the clients ask for something slow."""
 
     def __init__(self, scene: Scene, site: Site) -> None:
+        super().__init__(CLIENTS)
         self.scene = scene
         self.site = site
-        self.done = [0] * CLIENTS
         self.pids: set[int] = set()  # workers that have replied
         self.broken: list[str] = []  # no reply: the worker was killed, or ended under it
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(CLIENTS)]
 
-    def _run(self, n: int) -> None:
-        while not self._stop.is_set():
-            who = f"client{n}-{self.done[n]}"
-            try:
-                status, name, pid = self.site.get(who, 5 if n % 2 else 0)
-            except (OSError, http.client.HTTPException) as error:
-                self.broken.append(f"{who}: {error!r}")
-                time.sleep(0.02)
-                continue
-            if status == 200 and name != who:
-                self.scene.tally.add("crossed", f"asked {who}, got {name}")
-            elif status != 200:
-                self.scene.tally.add("failed", f"{who}: status {status}")
-            self.done[n] += 1
-            self.pids.add(pid)
+    def round(self, client: int) -> None:
+        who = f"client{client}-{self.rounds[client]}"
+        try:
+            status, name, pid = self.site.get(who, 5 if client % 2 else 0)
+        except (OSError, http.client.HTTPException) as error:
+            self.broken.append(f"{who}: {error!r}")
+            time.sleep(0.02)
+            return
+        if status == 200 and name != who:
+            self.scene.tally.add("crossed", f"asked {who}, got {name}")
+        elif status != 200:
+            self.scene.tally.add("failed", f"{who}: status {status}")
+        self.rounds[client] += 1
+        self.pids.add(pid)
 
-    def goes_on(self) -> None:
+    def goes_on(self, rounds: int = 3) -> None:
         """For the row's seconds, and until every client had some more replies."""
-        goal = [done + 3 for done in self.done]
         self.scene.load()
-        eventually(lambda: all(map(int.__ge__, self.done, goal)), 30, what=f"every client goes on; broken {self.broken[-3:]}")
+        super().goes_on(rounds)
 
     def settles(self) -> None:
         """Until each worker has replied, if that is soon: a worker that is just beginning loses a signal to end, and is waited for in vain."""
         with contextlib.suppress(AssertionError):
             eventually(lambda: len(self.site.workers()) == WORKERS and self.site.workers() <= self.pids, 4)
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(30)
 
 
 def kill_under_a_lease(scene: Scene, site: Site) -> None:
@@ -161,7 +147,7 @@ def through_everything(scene: Scene, site: Site, reload: Callable[[], object]) -
             os.kill(eventually(site.workers, 20, what="a worker").pop(), signal.SIGKILL)
         load.goes_on()
         load.settles()
-    scene.notes.append(f"{sum(load.done)} replies, {len(load.broken)} broken")
+    scene.notes.append(f"{sum(load.rounds)} replies, {len(load.broken)} broken")
     code = site.end()
     assert code == 0, f"exit code {code}"
 

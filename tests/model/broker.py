@@ -11,9 +11,7 @@ from tests.model.explore import WAIT, Explorer, State, Violation
 from tests.model.steps import Atomic, Lock, Step, access
 from tests.model.world import World
 
-__all__ = ["Restart", "Rows"]
-
-FRESH = 1 << 10  # incarnations of rows that are taken while we look
+__all__ = ["Order", "Restart", "Rows"]
 
 
 class Socket(Atomic):
@@ -82,6 +80,7 @@ class Brokered(World):
             self.place(("to broker", link), ())  # type: ignore[arg-type]
             self.place(("from broker", link), ())  # type: ignore[arg-type]
             self.place(("open", link), 1)
+        self.place("spoilt", 0)
         del world
 
     # The broker.
@@ -176,19 +175,24 @@ class Brokered(World):
         elif kind == "hold":
             if memory[self.places["holders 0"]] & ~(1 << me):
                 raise Violation("two holders")
+            if memory[self.places["spoilt"]]:
+                raise Violation("what a dead process was using is lent again")
             memory[self.places["holders 0"]] |= 1 << me
         elif kind == "drop":
             memory[self.places["holders 0"]] &= ~(1 << me)
         return None
 
     def died(self, memory: list[Any], me: int) -> None:
+        memory[self.places["spoilt"]] |= memory[self.places["holders 0"]] >> me & 1
         memory[self.places["holders 0"]] &= ~(1 << me)
         if me in self.links:
             memory[self.places["to broker", me]] += (("END",),)
 
     def check(self, before: tuple[int, ...], after: list[int], me: int, step: Step) -> None:
-        if step.kind == "write" and step.place == "generation 0" and after[self.places["holders 0"]] & ~(1 << me):
-            raise Violation("a live holder's session was closed")
+        if step.kind == "write" and step.place == "generation 0":
+            after[self.places["spoilt"]] = 0  # another session
+            if after[self.places["holders 0"]] & ~(1 << me):
+                raise Violation("a live holder's session was closed")
 
     def wound_up(self, state: State, explorer: Explorer) -> State:
         """The broker does all that it can still do."""
@@ -358,3 +362,40 @@ class Restart(Brokered):
         granted = self.get(state.memory, "lane 2")
         if not self.get(state.memory, "holders 0") and not granted and (token, permit + cap) != (1, 1):
             raise Violation(f"lost: token {token}, permit {permit}, units {cap}")
+
+
+class Order(Brokered):
+    """1 and then 2 wait for a session that either can be given; 3 gives it back at some moment."""
+
+    rows = 4
+    links = (1, 2)
+
+    def __init__(self, code: SimpleNamespace, *, ticks: int = 1) -> None:
+        super().__init__(code)
+        self.operations.update(begin=self.begin, release=self.release)
+        holder = self.worker(3)
+        self.initial[self.places["token 0"]] = 0
+        self.initial[self.places["lane 3"]] = holder.slot(0).held
+        self.initial[self.places[f"byte {code.table.BROKER}"]] = 1
+        self.start(SimpleNamespace(desk=None, links={}), ("begin", ticks))
+        self.start(holder, ("release",))
+
+    def begin(self, local: Any, ticks: int) -> Any:
+        self.desk(local, duplicate=True)
+        for name in self.links:
+            incarnation = self.value_of("incarnation", name)
+            self.take_in(local, name, ("HELLO", name, incarnation))
+            self.take_in(local, name, ("WAIT", 0, incarnation))
+        return "serve", ticks
+
+    def release(self, worker: Any) -> Any:
+        self.code.claims.release(worker.words, worker.all_lanes[0], worker.slot(0))
+
+    def check(self, before: tuple[int, ...], after: list[int], me: int, step: Step) -> None:
+        if step.kind == "answer" and step.value == "GRANT" and "GRANT" not in after[self.places["from broker", 1]]:  # type: ignore[operator]
+            raise Violation("the second in line is served before the first")
+
+    def at_rest(self, state: State, explorer: Explorer) -> None:
+        state = self.wound_up(state, explorer)
+        if "GRANT" not in self.get(state.memory, ("from broker", 1)):  # type: ignore[operator]
+            raise Violation("a waiter is forgotten")

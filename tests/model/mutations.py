@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from tests.model.broker import Restart, Rows
+from tests.model.broker import Order, Restart, Rows
 from tests.model.claims import Claims
 from tests.model.code import Mutation
 from tests.model.explore import Scenario
@@ -38,9 +38,10 @@ INTERRUPTED_DIAL = Setting(Permits, {"dialers": 1, "deaths": 0, "interrupts": 1}
 ROWS = Setting(Rows, {"deaths": 1, "ticks": 1})
 GIVEN_UP = Setting(Rows, {"deaths": 1, "ticks": 1, "gives_up": True})
 RESTART = Setting(Restart, {"deaths": 1, "ticks": 1})
+ORDER = Setting(Order, {"ticks": 2})
 
 # What is explored of the code as it is: quick ones for every run of the tests, and larger ones.
-SCENARIOS = [DEATH, GRANT, RECLAIMERS, ARRIVAL, INTERRUPTED, DIAL, DIALERS, INTERRUPTED_DIAL, ROWS, GIVEN_UP, RESTART]
+SCENARIOS = [DEATH, GRANT, RECLAIMERS, ARRIVAL, INTERRUPTED, DIAL, DIALERS, INTERRUPTED_DIAL, ROWS, GIVEN_UP, RESTART, ORDER]
 LONG = [
     Setting(Claims, {"users": 2, "reclaimers": 2, "deaths": 3}),
     Setting(Claims, {"users": 3, "reclaimers": 1, "deaths": 2}),
@@ -96,6 +97,7 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         RECLAIMERS,
     ),
     (Mutation("a grant that nobody waits for is not taken back", (("desk", "if flags & GIVEN_UP:", "if flags & FRONT:"),)), GIVEN_UP),
+    (Mutation("what was accepted counts as never accepted", (("desk", "all(claims.is_granted(self.words[at]) for at in case.lanes)", "True"),)), ROWS),
     (Mutation("two reclaimers", (("worker", " == self.serial and worker.lock.take(BROKER)", " == self.serial"),)), ARRIVAL),
     (
         Mutation(
@@ -161,4 +163,5 @@ MUTATIONS: list[tuple[Mutation, Setting]] = [
         ),
         RESTART,
     ),
+    (Mutation("what comes back meanwhile goes to whoever is looked at", (("desk", "self.grant_idle(link, before)", "self.grant_idle(link)"),)), ORDER),
 ]

@@ -131,9 +131,9 @@ class World(Scenario):
         worker.all_lanes = tuple(code.claims.Lane(worker.row, lane) for lane in range(table.lanes))
         worker.lanes, worker.stories = deque(worker.all_lanes), Stories()
         worker.entries, worker.idle, worker.leases, worker.lines = {}, deque(), {}, deque()
-        worker.abandoned, worker.unfinished, worker.limbo, worker.blocks = deque(), deque(), deque(), {}
+        worker.abandoned, worker.unfinished, worker.limbo = deque(), deque(), deque()
         worker.generation_at, worker.waiting, worker.reclaiming, worker.counting = table.generation, set(), {}, nullcontext()
-        worker.options, worker.credit, worker.turns = SimpleNamespace(debug=False), 0, 0
+        worker.options = SimpleNamespace(debug=False)
         worker.reclaimer = code.reclaim.Reclaimer(table, worker.lock, worker.permits, worker.row, worker.slot)
         return worker
 

@@ -12,11 +12,18 @@ import psycopg
 from mppool import errors
 from mppool.aio import AsyncPool
 from mppool.drivers.psycopg import AsyncPsycopgDriver
-from mppool.integrations.psycopg.shared import IDLE, Shared, translated
+from mppool.integrations.psycopg.shared import IDLE, Hook, Shared, translated
 
 __all__ = ["AsyncConnectionPool"]
 
 log = logging.getLogger("mppool")
+
+
+class AsyncHook(Hook):
+    async def __call__(self, conn: Any) -> Any:
+        with self.closing(conn):
+            said = self.function(conn)
+            return await said if isawaitable(said) else said
 
 
 class AsyncConnectionPool(Shared):
@@ -29,6 +36,7 @@ class AsyncConnectionPool(Shared):
     _connection_class = psycopg.AsyncConnection
     _driver_class = AsyncPsycopgDriver
     _pool_class = AsyncPool
+    _hook_class = AsyncHook
 
     def connection(self, timeout: float | None = None) -> _AsyncLease:
         """``async with pool.connection() as conn:`` commits at the end of the block, or rolls back after an exception, and returns the connection."""

@@ -39,6 +39,8 @@ class ConnectionPool(Shared):
     - Prepared statements are off unless ``kwargs`` says ``prepare_threshold``. They are safe: DISCARD ALL drops what other processes prepared
       (under "trust" that costs a DEALLOCATE ALL), and they are forgotten here; a process that keeps its session keeps its statements.
     - Connections over TLS stay with their process (``sslmode=disable``, or a Unix socket, lets them move). They count in the cap.
+    - ``check`` that closes the connection instead of raising costs that connection, too: a closed one is never lent.
+    - ``connection_class=None``, the default, is ``psycopg.Connection``; what is lent is of a subclass of yours.
     - ``conn.close()`` after the connection was returned does nothing; before, it ends the session.
     - ``min_size`` is dialed when the pool is opened, and not refilled in the background.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mppool import errors
@@ -25,7 +26,7 @@ except ImportError:
 import psycopg
 from psycopg.pq import TransactionStatus
 
-__all__ = ["ConnectFailed", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
+__all__ = ["ConnectFailed", "Hook", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
 
 log = logging.getLogger("mppool")
 
@@ -62,12 +63,37 @@ def translated(error: errors.Error) -> errors.Error:
     return raised
 
 
+class Hook:
+    """A user's function for connections. In it ``close()`` is psycopg's own, which ends the session, and what was closed there is not lent."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+    def __call__(self, conn: Any) -> Any:
+        with self.closing(conn):
+            return self.function(conn)
+
+    @contextmanager
+    def closing(self, conn: Any) -> Iterator[None]:
+        pool, conn._pool = conn._pool, None
+        try:
+            yield
+        finally:
+            conn._pool = pool
+        if conn.closed:
+            raise psycopg.OperationalError(f"connection closed by {self}: discarded")
+
+
 class Shared:
     """What both pools are told, and say of themselves."""
 
     _connection_class: type[Any]
     _driver_class: Callable[..., PsycopgDriver | AsyncPsycopgDriver]
     _pool_class: Callable[..., Any]
+    _hook_class: Callable[[Callable[[Any], Any]], Hook] = Hook
     _pool: Any
 
     def __init__(
@@ -101,6 +127,7 @@ class Shared:
         self.num_workers = num_workers
         self._reconnect_failed = reconnect_failed
         self._popped: dict[str, int] = {}
+        configure, check, reset = (self._hook_class(function) if function is not None else None for function in (configure, check, reset))
         driver = self._driver_class(conninfo, kwargs=kwargs, connection_class=self.connection_class, on_transfer=on_transfer, configure=configure)
         self._pool = self._pool_class(
             driver=driver,

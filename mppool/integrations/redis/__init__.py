@@ -21,13 +21,13 @@ except ImportError as error:
 
 from mppool import errors
 from mppool.drivers.redis import RedisDriver
-from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
+from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, Shared, is_full, split, translated, without_caching
 from mppool.pool import Pool
 
 __all__ = ["BlockingConnectionPool", "ConnectionPool"]
 
 
-class ConnectionPool(redis.ConnectionPool):
+class ConnectionPool(Shared, redis.ConnectionPool):
     """``redis.ConnectionPool``: its arguments mean what they mean there, but for these.
 
     ``max_connections`` (default 100, at most 1024) is the cap of all workers of the host together. When all are in use, MaxConnectionsError,
@@ -36,20 +36,18 @@ class ConnectionPool(redis.ConnectionPool):
     does nothing. ``broker``, ``autostart``, ``max_idle``, ``max_lifetime`` and the others are ``mppool.Pool``'s.
     """
 
+    _driver_class = RedisDriver
+    _pool_class = Pool
+
+    mppool: Pool
+
     def __init__(self, connection_class: Any = redis.Connection, max_connections: int | None = None, **kwargs: Any) -> None:
         kwargs, ours = split(kwargs)
         super().__init__(connection_class=connection_class, max_connections=max_connections, **without_caching(redis.ConnectionPool, kwargs), **kwargs)
         self._begin(ours)
 
-    def _begin(self, ours: dict[str, Any], timeout: float = 0.0) -> None:
-        ours = dict(ours)
-        on_transfer = ours.pop("on_transfer", "reset")
-        driver = RedisDriver(self.connection_class, on_transfer, **self.connection_kwargs)
-        ours.setdefault("name", name_of(driver))
-        self._make = lambda: Pool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
-        self._driver = driver
-        self._former: list[Pool] = []
-        self.mppool = self._make()
+    def _renew(self) -> None:
+        super()._renew()
         self._getconn, self._putconn = self.mppool.getconn, self.mppool.putconn
 
     # What redis-py's clients call.
@@ -94,8 +92,7 @@ class ConnectionPool(redis.ConnectionPool):
 
         The next ``get_connection`` begins anew. ``pool.mppool.drain()`` replaces the connections of all workers.
         """
-        former, worker = self.mppool, self.mppool._worker
-        lent = [entry.conn for entry, _ in list(worker.leases.values())] if worker is not None and worker.guard[0] else []
+        former, lent = self.mppool, self._get_in_use_connections()
         self._renew()
         former.close()
         if inuse_connections:
@@ -103,10 +100,6 @@ class ConnectionPool(redis.ConnectionPool):
                 connection.disconnect()
         if lent:
             self._former.append(former)
-
-    def _renew(self) -> None:
-        self.mppool = self._make()
-        self._getconn, self._putconn = self.mppool.getconn, self.mppool.putconn
 
     def reset(self) -> None:
         """Begin anew: what was lent is closed at its release."""
@@ -120,26 +113,9 @@ class ConnectionPool(redis.ConnectionPool):
     def owns_connection(self, connection: Any) -> bool:
         return bool(connection.pid == os.getpid())
 
-    def set_retry(self, retry: Any) -> None:
-        self.connection_kwargs["retry"] = self._driver.login.kwargs["retry"] = retry
-        for connection in (*self._get_free_connections(), *self._get_in_use_connections()):
-            connection.retry = retry
-
     def re_auth_callback(self, token: Any) -> None:
         """A new token: sessions that were opened with the old one are replaced, in all workers, as they come back."""
         self.mppool.drain()
-
-    def _get_free_connections(self) -> Any:
-        """This process's."""
-        worker = self.mppool._worker
-        return [entry.conn for entry, _ in list(worker.idle)] if worker is not None else []
-
-    def _get_in_use_connections(self) -> Any:
-        worker = self.mppool._worker
-        return {entry.conn for entry, _ in list(worker.leases.values())} if worker is not None else set()
-
-    def __del__(self) -> None:
-        """(redis-py's looks at lists that are empty here.)"""
 
 
 class BlockingConnectionPool(ConnectionPool):

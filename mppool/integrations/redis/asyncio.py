@@ -18,32 +18,27 @@ import redis.asyncio
 from mppool import errors
 from mppool.aio import AsyncPool
 from mppool.drivers.redis import AsyncRedisDriver
-from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, is_full, name_of, split, translated, without_caching
+from mppool.integrations.redis.shared import PATIENCE, MaxConnectionsError, Shared, is_full, split, translated, without_caching
 
 __all__ = ["BlockingConnectionPool", "ConnectionPool"]
 
 
-class ConnectionPool(redis.asyncio.ConnectionPool):
+class ConnectionPool(Shared, redis.asyncio.ConnectionPool):
     """``redis.asyncio.ConnectionPool``; what is different is as for ``mppool.integrations.redis.ConnectionPool``.
 
     A task that is cancelled in the middle of a command closes its connection: the reply that is still to come reaches nobody.
     """
+
+    _driver_class = AsyncRedisDriver
+    _pool_class = AsyncPool
+
+    mppool: AsyncPool
 
     def __init__(self, connection_class: Any = redis.asyncio.Connection, max_connections: int | None = None, **kwargs: Any) -> None:
         kwargs, ours = split(kwargs)
         theirs = without_caching(redis.asyncio.ConnectionPool, kwargs)
         super().__init__(connection_class=connection_class, max_connections=max_connections, **theirs, **kwargs)
         self._begin(ours)
-
-    def _begin(self, ours: dict[str, Any], timeout: float = 0.0) -> None:
-        ours = dict(ours)
-        on_transfer = ours.pop("on_transfer", "reset")
-        driver = AsyncRedisDriver(self.connection_class, on_transfer, **self.connection_kwargs)
-        ours.setdefault("name", name_of(driver))
-        self._make = lambda: AsyncPool(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
-        self._driver = driver
-        self._former: list[AsyncPool] = []
-        self.mppool = self._make()
 
     # What the clients call.
 
@@ -88,7 +83,7 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
         The next ``get_connection`` begins anew. ``await pool.mppool.drain()`` replaces the connections of all workers.
         """
         former, lent = self.mppool, self._get_in_use_connections()
-        self.mppool = self._make()
+        self._renew()
         if lent:
             self._former.append(former)
         await former.close()
@@ -99,7 +94,7 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
     def reset(self) -> None:
         """Begin anew: what was lent is closed at its release."""
         former, lent = self.mppool, self._get_in_use_connections()
-        self.mppool = self._make()
+        self._renew()
         former._close()
         if lent:
             self._former.append(former)
@@ -112,26 +107,9 @@ class ConnectionPool(redis.asyncio.ConnectionPool):
 
     make_connection = get_available_connection
 
-    def set_retry(self, retry: Any) -> None:
-        self.connection_kwargs["retry"] = self._driver.login.kwargs["retry"] = retry
-        for connection in (*self._get_free_connections(), *self._get_in_use_connections()):
-            connection.retry = retry
-
     async def re_auth_callback(self, token: Any) -> None:
         """A new token: sessions that were opened with the old one are replaced, in all workers, as they come back."""
         await self.mppool.drain()
-
-    def _get_free_connections(self) -> Any:
-        """This process's."""
-        worker = self.mppool._worker
-        return [entry.conn for entry, _ in list(worker.idle)] if worker is not None else []
-
-    def _get_in_use_connections(self) -> Any:
-        worker = self.mppool._worker
-        return [entry.conn for entry, _ in list(worker.leases.values())] if worker is not None and worker.guard[0] else []
-
-    def __del__(self) -> None:
-        """(redis-py's looks at lists that are empty here.)"""
 
 
 class BlockingConnectionPool(ConnectionPool):

@@ -11,12 +11,53 @@ from mppool import errors
 from mppool.options import Options, default_name
 from mppool.snapshot import snapshot
 
-__all__ = ["MaxConnectionsError", "is_full", "name_of", "split", "translated", "without_caching"]
+__all__ = ["MaxConnectionsError", "Shared", "is_full", "name_of", "split", "translated", "without_caching"]
 
 MaxConnectionsError: type[redis.ConnectionError] = getattr(redis.exceptions, "MaxConnectionsError", redis.ConnectionError)
 
 OURS = (Options.names() - {"max_size", "timeout", "connect_timeout", "debug"}) | {"broker", "autostart", "name", "on_transfer"}
 PATIENCE = 10.0  # seconds that a pool which does not block waits for connections that are just being made or closed
+
+
+class Shared:
+    """What is in the place of redis-py's two lists."""
+
+    _driver_class: type[Any]
+    _pool_class: type[Any]
+    connection_class: Any
+    connection_kwargs: dict[str, Any]
+    max_connections: int
+    mppool: Any
+
+    def _begin(self, ours: dict[str, Any], timeout: float = 0.0) -> None:
+        ours = dict(ours)
+        on_transfer = ours.pop("on_transfer", "reset")
+        driver = self._driver_class(self.connection_class, on_transfer, **self.connection_kwargs)
+        ours.setdefault("name", name_of(driver))
+        self._make = lambda: self._pool_class(str(driver.login.target), driver=driver, max_size=self.max_connections, timeout=timeout, **ours)
+        self._driver = driver
+        self._former: list[Any] = []
+        self._renew()
+
+    def _renew(self) -> None:
+        self.mppool = self._make()
+
+    def set_retry(self, retry: Any) -> None:
+        self.connection_kwargs["retry"] = self._driver.login.kwargs["retry"] = retry
+        for connection in (*self._get_free_connections(), *self._get_in_use_connections()):
+            connection.retry = retry
+
+    def _get_free_connections(self) -> Any:
+        """This process's."""
+        worker = self.mppool._worker
+        return [entry.conn for entry, _ in list(worker.idle)] if worker is not None else []
+
+    def _get_in_use_connections(self) -> Any:
+        worker = self.mppool._worker
+        return {entry.conn for entry, _ in list(worker.leases.values())} if worker is not None and worker.guard[0] else set()
+
+    def __del__(self) -> None:
+        """(redis-py's looks at lists that are empty here.)"""
 
 
 def split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

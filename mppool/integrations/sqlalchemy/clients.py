@@ -43,13 +43,9 @@ def pg8000_client(arguments: Sequence[Any], options: Mapping[str, Any], on_trans
 
 
 def pymysql_client(arguments: Sequence[Any], options: Mapping[str, Any], on_transfer: str) -> DriverBase:
-    from mppool.drivers.pymysql import SETTINGS, PyMySQLDriver
+    from mppool.drivers.pymysql import PyMySQLDriver
 
-    class EngineDriver(PyMySQLDriver):
-        def settle(self, session: Any) -> None:
-            session.at_rest = session.server_status & SETTINGS
-
-    return EngineDriver(**options, on_transfer=on_transfer)
+    return PyMySQLDriver(**options, on_transfer=on_transfer)
 
 
 CLIENTS: dict[tuple[str, str], Client] = {

@@ -1,14 +1,4 @@
-"""PyMySQL: sessions of MySQL and MariaDB that move among processes.
-
-PyMySQL takes a socket through its public ``connect(sock=)``. To attach a session, it is given one end of a socket pair on
-which the greeting of that session's server already lies, and the two answers of a login. It goes through its ordinary
-start-up with them; then ``dup2`` puts the real connection under the descriptor that it holds. So no state of the driver
-has to be written from outside, and it reads and writes a real socket afterwards.
-
-What a session carries beyond its login is forgotten when it changes processes (``COM_RESET_CONNECTION``): transaction, locks,
-temporary tables, user variables, prepared statements, session settings. What the reset drops but the login had made (character
-set, sql_mode, autocommit, database, init_command) is made again.
-"""
+"""``PyMySQLDriver``."""
 
 from __future__ import annotations
 
@@ -19,28 +9,20 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from pymysql import err
-from pymysql.connections import Connection
-from pymysql.constants import CLIENT, COMMAND, CR, ER, SERVER_STATUS
+from pymysql.constants import COMMAND, ER, SERVER_STATUS
 
-from mppool.drivers.base import DriverBase
-from mppool.drivers.dialer import FOREVER, Dialer, abandon
+from mppool.drivers.base import DriverBase, policy
+from mppool.drivers.dialer import FOREVER, Dialer
+from mppool.drivers.pymysql.connection import Raw, Session
+from mppool.drivers.pymysql.packets import COM_QUIT, COM_RESET_CONNECTION, OK, command, greeting, packet, settings
 from mppool.errors import DialFailed, OptionError
 from mppool.options import Target
 from mppool.states import Residence
 
-__all__ = ["POLICIES", "PyMySQLDriver", "Session"]
-
-POLICIES = ("reset", "always", "trust")
-"""When a session is reset: when it changes processes, at every return, or never."""
-
-COM_RESET_CONNECTION = b"\x01\0\0\0\x1f"  # whole packets, with their headers
-COM_QUIT = b"\x01\0\0\0\x01"
-OK = b"\0\0\0\x02\0\0\0"  # no rows, autocommit; PyMySQL looks at the first byte of the two that it is shown
-PLAIN = ~(CLIENT.SSL | CLIENT.PLUGIN_AUTH | CLIENT.CONNECT_ATTRS | CLIENT.PLUGIN_AUTH_LENENC_CLIENT_DATA)  # what a canned greeting offers
+__all__ = ["PyMySQLDriver"]
 
 # What the server said last of its own state, and must say again before somebody else has the session.
 IN_TRANSACTION = SERVER_STATUS.SERVER_STATUS_IN_TRANS | 0x2000  # read only
@@ -51,83 +33,6 @@ WATCHED = IN_TRANSACTION | UNREAD | SETTINGS
 
 # Waiting will not help: access denied, to the database or at all; no such database; an unknown or unusable authentication plugin or character set.
 PERMANENT = frozenset({ER.DBACCESS_DENIED_ERROR, ER.ACCESS_DENIED_ERROR, ER.BAD_DB_ERROR, ER.UNKNOWN_CHARACTER_SET, 1251, 1524, 1698, 2054, 2059, 2061})
-
-T = TypeVar("T")
-
-
-class Session(Connection):
-    """A ``pymysql.Connection`` that knows when an answer is owed to it, and never connects by itself: that would be outside the cap."""
-
-    # What of PyMySQL's own state this file looks at or sets; the stubs do not know it.
-    server_status: int
-    server_capabilities: int
-    server_version: str
-    server_thread_id: tuple[int]
-    server_language: int
-    protocol_version: int
-    _sock: Any
-    _rfile: Any
-    _result: Any
-    _secure: bool
-    _next_seq_id: int
-    _read_timeout: float
-    _write_timeout: float
-
-    at_rest = 0  # WATCHED bits of the server's status after the login
-    unanswered = False  # something was sent, and what the server says to it was not read to its end
-
-    def connect(self, sock: Any = None) -> None:
-        if sock is None:
-            raise err.OperationalError(CR.CR_SERVER_LOST, "a pooled connection does not connect again: give it back and take another")
-        super().connect(sock)
-
-    def _write_bytes(self, data: bytes) -> None:
-        self.unanswered = True
-        super()._write_bytes(data)  # type: ignore[misc]
-
-    def _answer(self, read: Callable[..., T], *args: Any) -> T:
-        """An error of MySQL's is an answer, too. Whatever else is raised may have come in the middle of one."""
-        try:
-            answer = read(*args)
-        except err.MySQLError:
-            self.unanswered = False
-            raise
-        self.unanswered = False
-        return answer
-
-    def _read_ok_packet(self) -> Any:
-        return self._answer(super()._read_ok_packet)  # type: ignore[misc]
-
-    def _read_query_result(self, unbuffered: bool = False) -> Any:
-        return self._answer(super()._read_query_result, unbuffered)  # type: ignore[misc]
-
-    def set_character_set(self, charset: str, collation: str | None = None) -> None:
-        self._answer(super().set_character_set, charset, collation)
-
-    def show_warnings(self) -> Any:
-        return self._answer(super().show_warnings)
-
-    def read_ahead(self) -> bool:
-        """Does the reader hold bytes that nobody asked for yet? (No I/O: see _Raw.)"""
-        return bool(self._rfile.tell() != _Raw.PLACE)
-
-    def let_go(self) -> None:
-        """Close our descriptor without a word: no COM_QUIT, and no cursor that later reads the rest of its result."""
-        result, sock = self._result, self._sock
-        if result is not None:
-            result.unbuffered_active = False
-        self._sock = self._rfile = None
-        if sock is not None:
-            abandon(sock)
-
-
-class _Raw(socket.SocketIO):
-    """Stands at a fixed place: a buffered reader on it says ``tell() == PLACE`` exactly when its buffer is empty."""
-
-    PLACE = 1 << 40
-
-    def tell(self) -> int:
-        return self.PLACE
 
 
 class _Dialer(Dialer):
@@ -159,9 +64,7 @@ class PyMySQLDriver(DriverBase):
     minds_transfer = True
 
     def __init__(self, *, on_transfer: str = "reset", **arguments: Any) -> None:
-        if on_transfer not in POLICIES:
-            raise OptionError(f"on_transfer={on_transfer!r}: expected one of {', '.join(POLICIES)}")
-        self.on_transfer = on_transfer
+        self.on_transfer = policy(on_transfer)
         self.tidies_always = on_transfer == "always"
         self.arguments = {**arguments, "defer_connect": True}
         for name in ("read_timeout", "write_timeout"):
@@ -217,7 +120,7 @@ class PyMySQLDriver(DriverBase):
             session.connect(sock)
             session._read_timeout, session._write_timeout = model._read_timeout, model._write_timeout
             self._ready(session)
-            session.at_rest = session.server_status & SETTINGS
+            self.settle(session)
         except BaseException as error:
             session.let_go()
             sock.close()
@@ -234,8 +137,12 @@ class PyMySQLDriver(DriverBase):
     def _ready(self, session: Session) -> None:
         """Connected. From here on its reader is one that can be asked if it has read ahead."""
         session._rfile.close()
-        session._rfile = io.BufferedReader(_Raw(session._sock, "r"))
+        session._rfile = io.BufferedReader(Raw(session._sock, "r"))
         session.unanswered = False
+
+    def settle(self, session: Session) -> None:
+        """Its settings are now how its user wants them, and nothing to be put right at its return."""
+        session.at_rest = session.server_status & SETTINGS
 
     def fileno(self, session: Session) -> int:
         return session._sock.fileno() if session._sock is not None else -1
@@ -264,7 +171,7 @@ class PyMySQLDriver(DriverBase):
                 session.server_capabilities = struct.unpack_from("<I", baggage)[0]
                 os.dup2(fd, ours.fileno(), inheritable=False)
                 self._ready(session)
-                session.at_rest = session.server_status & SETTINGS
+                self.settle(session)
             except BaseException:
                 session.let_go()
                 ours.close()
@@ -291,10 +198,7 @@ class PyMySQLDriver(DriverBase):
         if session.read_ahead() and not (result is not None and result.has_next):
             raise err.InterfaceError(0, "the server said something that nobody asked for")
         session.rollback()  # after reading what further results there are
-        if self.tidies_always:
-            self.reset(session)
-            return
-        if not self.is_clean(session):
+        if self.tidies_always or not self.is_clean(session):
             self.reset(session)
 
     def transferred(self, session: Session) -> None:
@@ -355,37 +259,5 @@ class PyMySQLDriver(DriverBase):
         return self.dialer.forked()
 
 
-def settings(model: Session) -> bytes:
-    """What a login sets and a reset drops, in one statement."""
-    collation = f" COLLATE {model.collation}" if model.collation else ""
-    statement = f"SET NAMES {model.charset}{collation}"
-    if model.sql_mode is not None:
-        quoted = str(model.sql_mode).replace("'", "''")
-        statement += f", sql_mode='{quoted}'"
-    if model.autocommit_mode is not None:
-        statement += f", autocommit={int(bool(model.autocommit_mode))}"
-    return statement.encode(model.encoding)
-
-
 def text(value: str | bytes | None) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
-
-
-def packet(number: int, payload: bytes) -> bytes:
-    return struct.pack("<I", len(payload))[:3] + bytes([number]) + payload
-
-
-def command(which: int, body: bytes) -> bytes:
-    return packet(0, bytes([which]) + body)
-
-
-def greeting(session: Session) -> bytes:
-    """The packet with which the server began this session, as far as its meaning goes; the challenge in it is never answered."""
-    capabilities = session.server_capabilities & PLAIN
-    return packet(
-        0,
-        bytes([session.protocol_version])
-        + session.server_version.encode("latin1")
-        + struct.pack("<xI8sx", session.server_thread_id[0], b"challeng")
-        + struct.pack("<HBHHB10x12sx", capabilities & 0xFFFF, session.server_language, session.at_rest, capabilities >> 16, 21, b"e, a canned.."[:12]),
-    )
