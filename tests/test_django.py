@@ -159,6 +159,23 @@ def test_a_request_costs_no_query_of_its_own(project: Project) -> None:
     assert project.run(take) == ["DISCARD ALL", PID]
 
 
+def test_connection_created_is_sent_for_each_request(project: Project) -> None:
+    """As with ``CONN_MAX_AGE = 0``, although nobody logs in; also with a pool of Django's own, ``connection.pool`` is none."""
+
+    def work(connection: Any) -> list[Any]:
+        from django.db.backends.signals import connection_created
+
+        told: list[bool] = []
+        connection_created.connect(lambda connection, **_: told.append(connection.is_usable()), weak=False)
+        for _ in range(3):
+            ask(connection, PID)
+            connection.close()
+        return [told, connection.pool]
+
+    assert project.run(work) == [[True] * 3, None]
+    assert project.database.logins() == 1
+
+
 def test_a_database_is_let_go_of_before_it_is_dropped(project: Project) -> None:
     """``close_pool()``, which Django calls then: idle sessions end, also those that other processes have left."""
     project.run(lambda connection: ask(connection, PID))

@@ -24,6 +24,7 @@ from mppool.integrations.requests import HTTPAdapter
 from mppool.integrations.urllib3 import PoolManager
 from tests.helpers.daemons import daemon
 from tests.helpers.nginx import Nginx, needs_nginx, nginx
+from tests.helpers.processes import BrokerProcess, Child, fork
 from tests.helpers.speaker import Script, Speaker, Talk, digest, reply, speaker
 
 
@@ -386,6 +387,24 @@ def test_a_urllib3_response_that_is_only_closed_or_dropped_costs_no_permit(serve
     response = client.begin(f"{server.url}/echo?nonce=is-read-to-its-end")
     response.read()
     assert echoed(client, server, "d") == 4
+
+
+@needs_nginx
+def test_a_forked_child_that_closes_a_response_takes_nothing_from_its_parent(socket_path: str, broker: BrokerProcess) -> None:
+    """Of a connection that the parent has: the parent reads on, and gives it back."""
+    with nginx() as web:
+        client = ByUrllib3(socket_path)
+        response = client.begin(f"{web.url}/big/file")
+
+        def work(child: Child) -> int:
+            response.close()
+            return len(client.ask("GET", f"{web.url}/echo?nonce=child", timeout=10)[1].split())
+
+        with fork(work) as (child,):
+            assert 10 + len(response.read()) == 3_200_000
+            assert child.result() == 2
+        first = client.ask("GET", f"{web.url}/echo?nonce=parent")[1].split()
+        assert first[1] == "parent"
 
 
 def test_a_requests_response_that_is_only_dropped_costs_no_permit(server: Speaker, socket_path: str) -> None:

@@ -505,7 +505,7 @@ def test_ctrl_c_cancels_the_statement(make: Make, database: Database) -> None:
 
 def test_a_session_returned_in_mid_statement_is_closed_and_the_server_stops(make: Make, database: Database) -> None:
     """putconn() of a connection that is still executing: the statement is cancelled, so that the server does not stand above the cap."""
-    pool = make(kwargs=autocommit())
+    pool = make(kwargs=autocommit(), close_timeout=10)
     conn = pool.getconn()
     conn.pgconn.send_query(b"select pg_sleep(60)")
     with Peak(database.count) as peak:

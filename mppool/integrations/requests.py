@@ -28,6 +28,7 @@ class HTTPAdapter(requests.adapters.HTTPAdapter):
 
     Without ``pool_block`` a request waits for a connection for 30 s at most, then requests.exceptions.ConnectionError is raised.
     ``shared`` are options of ``mppool.Pool``: ``{"broker": path, "autostart": True, "max_idle": 60}``. Closing the session lets this process go.
+    Mounted for ``https://`` it makes connections that stay with their process, in the same cap. Those through a SOCKS proxy are requests' own, outside of it.
     """
 
     def __init__(self, *args: Any, shared: dict[str, Any] | None = None, **kwargs: Any) -> None:

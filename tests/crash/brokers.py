@@ -16,7 +16,7 @@ from mppool.keeper import keeper_path
 from mppool.kernel import link
 from tests.crash.peers import CAP, Peer
 from tests.crash.scene import Broker, Scene
-from tests.helpers.processes import eventually
+from tests.helpers.processes import answers, eventually
 
 __all__ = ["BROKER_OPERATIONS", "BrokerOperation"]
 
@@ -25,6 +25,7 @@ class BrokerOperation:
     """A new session's duplicate arrives, and goes to the keeper."""
 
     name = "broker: share"
+    ends = False  # by itself
 
     def before(self, scene: Scene, other: Peer) -> None:
         scene.clear()
@@ -153,8 +154,7 @@ class Start(BrokerOperation):
         scene.broker = Broker(scene.path, scene.broker.trigger, wait=False)
 
     def done(self, scene: Scene, other: Peer) -> bool:
-        assert scene.broker is not None
-        return scene.broker.answers()
+        return answers(scene.path)
 
     def finish(self, scene: Scene, other: Peer) -> None:
         pass
@@ -170,6 +170,7 @@ class StartAnew(Start):
 
 class End(Start):
     name = "broker: end"
+    ends = True
 
     def before(self, scene: Scene, other: Peer) -> None:
         scene.renew()

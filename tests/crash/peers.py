@@ -168,10 +168,6 @@ class Worker:
         explained = {str(sock.fileno()) for sock in owned if sock is not None}
         return {fd: what for fd, what in found.items() if fd not in explained}
 
-    def links(self) -> int:
-        part = self.pool._worker
-        return len(part.lines) + len(part.abandoned) if part is not None else 0
-
     def twice(self) -> list[str]:
         """Lanes and links that are in two places: two conversations would use one."""
         part = self.pool._worker
@@ -181,6 +177,11 @@ class Worker:
         lanes = Counter(f"lane {lane.index}" for lane in [*part.lanes, *part.unfinished, *part.limbo, *(lane for _, lane in pairs)])
         lines = Counter(f"link {line.sock.fileno()}" for line in [*part.lines, *(line for line, _ in part.abandoned)])
         return [what for what, count in (lanes + lines).items() if count > 1]
+
+    def links(self) -> int:
+        """To the broker. As many are kept as were ever in use at once."""
+        part = self.pool._worker
+        return len(part.lines) + len(part.abandoned) if part is not None else 0
 
     def state(self) -> str:
         """What this process knows of its lanes and sessions: for the report of a loss."""

@@ -236,8 +236,16 @@ class Broker:
 
     def answers(self) -> bool:
         if self.has_ended():
-            raise Lost("the broker ended")
+            raise Lost(f"the broker ended: {self.last_words()}")
         return answers(self.path)
+
+    def last_words(self) -> str:
+        try:
+            return str(self._child.hear())
+        except EOFError:
+            return "killed"
+        except AssertionError as error:
+            return " ".join(str(error).split())
 
     def has_ended(self) -> bool:
         return self._child.status is not None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None

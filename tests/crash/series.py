@@ -181,6 +181,8 @@ class BrokerSeries(Series):
         self.lines, self.where = trigger.count, trigger.where
         if self.where:
             eventually(scene.ended)
+        elif scene.ended() and not operation.ends:
+            raise Lost(f"the broker ended by itself: {scene.broker.last_words()}")
         if scene.ended():
             scene.broker.kill()
             scene.broker = Broker(scene.path, trigger)

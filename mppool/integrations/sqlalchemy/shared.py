@@ -47,10 +47,14 @@ class SharedPool(Pool):
     ``pool_on_transfer``   "reset" (what it is by default), or what else the client's driver knows: "always", "trust"
     ``pool_options``       a dictionary of what else ``mppool.Pool`` can be told: ``{"max_waiting": 100, "max_idle": 60}``
 
-    What differs from ``QueuePool``:
+    The same as with ``QueuePool`` are the pool's events and their order, ``pool_timeout``, ``pool_pre_ping``, ``pool_reset_on_return``,
+    ``invalidate()``, also ``soft``, exc.DisconnectionError at "checkout", ``info``, threads, forgotten connections, ``echo_pool``,
+    ``engine_from_config``, ``create_pool_from_url``. What differs:
 
     - ``pool_size`` and ``max_overflow`` are for the host, and 0 or -1 ("no limit") are refused.
     - ``pool_recycle`` counts from the login, whichever process it was in, and up to 10 % less, at random.
+    - ``record_info`` lasts as long as ``info``: a connection that replaces another has a record of its own.
+    - ``overflow()`` is 0: nothing is beyond the size. ``status()`` has more to say.
     - ``pool_use_lifo`` is always so. Idle connections are closed after ``max_idle``, 600 s.
     - ``Connection.detach()``: the connection counts in the cap until it is closed.
     - ``Engine.dispose()``: this process lets go; its connections live on if other processes use the pool. ``engine.pool.drain()`` ends all.

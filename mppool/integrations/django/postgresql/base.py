@@ -11,6 +11,18 @@ session carries beyond its login is reset when it changes processes, so that not
 
 In ``OPTIONS``, ``name``, ``broker``, ``autostart``, ``on_transfer`` and the options of ``mppool.Pool`` are for the pool; everything else is
 for psycopg, as ever. ("pool", Django's own, may hold the same options: who used ``{"pool": {"max_size": 4}}`` changes the ENGINE only.)
+
+The same as with Django's engine are transactions, savepoints, ``on_commit`` and ``ATOMIC_REQUESTS``, ``isolation_level``, ``assume_role``, time
+zones, cursors on the server, errors, threads, forks, and the tests runner, also with ``--parallel``. What differs:
+
+- ``close()``, which Django calls at the end of a request, gives the session back; in a transaction it is rolled back first.
+- ``connection_created`` is sent whenever a session is taken, so for each request: as often as with ``CONN_MAX_AGE = 0``, although nobody logs in.
+- ``CONN_MAX_AGE``: what a thread keeps counts in the cap, and nobody else has it. (Django's own pool refuses that.)
+- ``CONN_HEALTH_CHECKS``: a session is pinged whenever it is taken out of the pool.
+- If all sessions are lent, a request waits for up to ``timeout`` seconds (30), and then gets ``OperationalError``.
+- The time zone is an option of the login (``-c TimeZone=...``), not a statement after it.
+- ``DatabaseWrapper.pool``, Django's own, is None. ``close_pool()`` ends the idle sessions of all processes.
+- psycopg 3 only.
 """
 
 from __future__ import annotations
