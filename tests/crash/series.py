@@ -178,7 +178,6 @@ class BrokerSeries(Series):
         eventually(lambda: scene.ended() or operation.done(scene, other), COMING, "the operation has come about")
         trigger.disarm()
         scene.let_broker_pass()  # it may have been about to strike at that moment
-        eventually(lambda: trigger.is_between_lines() or scene.ended())
         self.lines, self.where = trigger.count, trigger.where
         if self.where:
             eventually(scene.ended)

@@ -16,7 +16,7 @@ import mppool
 __all__ = ["KINDS", "Thrown", "Trigger", "raised_at"]
 
 PACKAGE = os.path.dirname(mppool.__file__) + os.sep
-ARMED, AT, COUNT, INSIDE = range(4)  # words of the shared page
+ARMED, AT, COUNT = range(3)  # words of the shared page
 TEXT = 64  # byte at which it says where it struck
 
 
@@ -75,10 +75,6 @@ class Trigger:
     def disarm(self) -> None:
         self._words[ARMED] = 0
 
-    def is_between_lines(self) -> bool:
-        """After ``disarm``: has it struck, or will not? Else it is about to decide, and may have found itself armed."""
-        return not self._words[INSIDE]
-
     @property
     def count(self) -> int:
         return self._words[COUNT]
@@ -101,17 +97,13 @@ class Trigger:
         return self._line
 
     def _line(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        if event in ("line", "opcode"):
-            self._words[INSIDE] = 1
-            if self._words[ARMED]:
-                count = self._words[COUNT] = self._words[COUNT] + 1
-                if count == self._words[AT]:
-                    text = spot(frame, frame.f_lineno).encode()
-                    self._page[TEXT : TEXT + len(text)] = text
-                    sys.settrace(None)  # the next trace function's beginning would be a place to find signals, too
-                    self._words[INSIDE] = 0
-                    _ = -self._strike
-            self._words[INSIDE] = 0
+        if event in ("line", "opcode") and self._words[ARMED]:
+            count = self._words[COUNT] = self._words[COUNT] + 1
+            if count == self._words[AT]:
+                text = spot(frame, frame.f_lineno).encode()
+                self._page[TEXT : TEXT + len(text)] = text
+                sys.settrace(None)  # the next trace function's beginning would be a place to find signals, too
+                _ = -self._strike
         return self._line
 
 

@@ -176,7 +176,7 @@ def eventually(condition: Callable[[], Any], timeout: float = PATIENCE, what: st
         time.sleep(0.002)
 
 
-def ended(process: subprocess.Popen[Any], timeout: float = 20.0) -> int:
+def ended(process: subprocess.Popen[Any], timeout: float = PATIENCE) -> int:
     """SIGTERM, and its exit code; killed if it does not end within so many seconds: TimeoutExpired."""
     process.terminate()
     try:
