@@ -288,37 +288,43 @@ def test_an_interrupted_client_that_is_given_back_is_closed(memcached: Memcached
 
 def test_an_interrupted_command_gives_nobody_its_answer(memcached: Memcached, broker: BrokerProcess) -> None:
     """pymemcache keeps a connection whose command was ended by a KeyboardInterrupt, answer and all; here it is closed."""
+    with fork(lambda _: interrupted_commands(memcached, broker)) as (child,):  # where no other thread runs: beside one, strays are not settled
+        child.result()
 
+
+def interrupted_commands(memcached: Memcached, broker: BrokerProcess) -> None:
     def interrupt(*_: object) -> None:
         raise Interrupted
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with client_of(memcached.server, broker, max_pool_size=1, default_noreply=False) as client:
-            client.set_many({f"k{n}": f"v{n}" for n in range(100)})
-            for round_ in range(30):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.0003 + round_ * 0.0001)
-                    for n in range(100000):
-                        assert client.get(f"k{n % 100}") == f"v{n % 100}".encode()
-                except Interrupted:
-                    pass
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                for n in range(10):
-                    assert client.get(f"k{n}") == f"v{n}".encode()
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, interrupt)
+    with client_of(memcached.server, broker, max_pool_size=1, default_noreply=False) as client:
+        client.set_many({f"k{n}": f"v{n}" for n in range(100)})
+        for round_ in range(30):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0003 + round_ * 0.0001)
+                for n in range(100000):
+                    assert client.get(f"k{n % 100}") == f"v{n % 100}".encode()
+            except Interrupted:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for n in range(10):
+                assert client.get(f"k{n}") == f"v{n}".encode()
 
 
 def test_a_lease_lost_to_an_interruption_is_found(memcached: Memcached, broker: BrokerProcess) -> None:
     """An exception can fall between the two halves of ``ready = leases.pop(...)``. Whoever waits next finds the stray, also from within a client's code."""
-    with client_of(memcached.server, broker, max_pool_size=1, pool_timeout=10) as client:
-        client.set("a", "text")
-        pool = client.client_pool.pool
-        del pool._worker.leases[id(pool.getconn())]
-        assert client.get("a") == b"text"
-        assert pool.get_stats()["closed"] == {"discarded": 1}
+
+    def work(_: Child) -> None:
+        with client_of(memcached.server, broker, max_pool_size=1, pool_timeout=10) as client:
+            client.set("a", "text")
+            pool = client.client_pool.pool
+            del pool._worker.leases[id(pool.getconn())]
+            assert client.get("a") == b"text"
+            assert pool.get_stats()["closed"] == {"discarded": 1}
+
+    with fork(work) as (child,):
+        child.result()
 
 
 def test_after_an_error_the_connection_is_closed_as_pymemcache_does(memcached: Memcached, broker: BrokerProcess) -> None:
