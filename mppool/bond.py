@@ -26,7 +26,7 @@ __all__ = ["Bond", "put_message"]
 
 log = logging.getLogger("mppool.broker")
 
-ANSWER = 1.0  # seconds a keeper may take for an answer that we wait for
+ANSWER = 1.0  # seconds we wait at our end for what the keeper still lacks
 SILENT = 3.0  # seconds without any answer after which it is given up
 START = 5.0  # seconds a new one may take to start
 
@@ -154,7 +154,7 @@ class Bond:
         """All that the keeper holds becomes ours, too. Raises OSError, ProtocolError."""
         wires.send(sock, encode(Message(Kind.GIVE_ALL)))
         until = time.monotonic() + START
-        while time.monotonic() < until and wires.wait_readable(sock.fileno(), ANSWER):
+        while time.monotonic() < until and wires.wait_readable(sock.fileno(), SILENT):
             fd = -1
             try:
                 data, fd = wires.receive(sock)
