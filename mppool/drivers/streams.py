@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -150,12 +151,15 @@ class Tap(socket.socket):
     used = False  # has the transport read through here? Those of uvloop never do
     wary = 0  # at so many returns the loop stops watching at once
 
-    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Streams over this socket, which are its end, too; so is an exception."""
+    async def open(self, *, dialed: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Streams over this socket, which are its end, too; so is an exception: of the connection as well, at once, if it was only just ``dialed``."""
         try:
             self.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=self)
         except BaseException:
+            if dialed:
+                with contextlib.suppress(OSError):
+                    self.shutdown(socket.SHUT_RDWR)
             abandon(self)
             raise
         self.transport = writer.transport

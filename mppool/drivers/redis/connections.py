@@ -140,7 +140,7 @@ class AsyncPooled(Counting):
         if transport.get_extra_info("ssl_object") is None and isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
             self.tap = adopt(fileno(transport), Tap)
             drop(transport)  # now: it takes a turn of the loop
-            self._reader, self._writer = await self.tap.open()
+            self._reader, self._writer = await self.tap.open(dialed=True)
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         self._shut_down()
