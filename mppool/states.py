@@ -51,7 +51,8 @@ class CloseReason(IntEnum):
     drained = 7
     owner_died = 8
     forked = 9
-    evicted_for_other = 10
+    pool_closed = 10
+    evicted_for_other = 11
 
 
 class Residence(IntEnum):
