@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -35,11 +36,20 @@ def socket_path(tmp_path: Path) -> Iterator[str]:
             os.unlink(f"{memory.SHM}/{name}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`mppool gc` takes what any test of this user left for a moment: tests that look at what it does run one after the other."""
-    for item in items:
-        if "_gc_" in item.name:
-            item.add_marker(pytest.mark.xdist_group("gc"))
+@pytest.fixture(autouse=True)
+def _beside_others(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`mppool gc` takes what any test of this user has left for a moment: a test marked ``alone`` runs while no other one does.
+
+    Two locks, for flock keeps no order: whoever waits for `room` holds `door`, and others wait behind it.
+    """
+    alone = request.node.get_closest_marker("alone") is not None
+    here = Path(__file__)
+    with open(here, "rb") as door, open(here.with_name("__init__.py"), "rb") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+        fcntl.flock(room, fcntl.LOCK_UN)  # a child that the test forked has the same one
 
 
 @pytest.fixture

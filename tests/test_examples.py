@@ -131,6 +131,7 @@ def test_an_interrupted_demo_leaves_nothing(demo: Example, number: signal.Signal
     assert "Traceback" not in demo.said()
 
 
+@pytest.mark.alone
 def test_a_demo_killed_as_a_group_leaves_no_process(demo: Example) -> None:
     """Without the one that cleans up: broker and keeper end, too, and take their sockets along; what names are left, ``mppool gc`` removes."""
     eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
@@ -141,6 +142,7 @@ def test_a_demo_killed_as_a_group_leaves_no_process(demo: Example) -> None:
     assert demo.names() == []
 
 
+@pytest.mark.alone
 def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
     """Every process killed at once, broker and keeper among them: names are left, and ``mppool gc`` removes them."""
     eventually(lambda: "nobody was killed yet" in demo.said(), what="load")

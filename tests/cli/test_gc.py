@@ -19,6 +19,8 @@ from tests.helpers.namespace import in_private_shm
 from tests.helpers.processes import BrokerProcess, eventually, fork
 from tests.helpers.server import Judge, ask
 
+pytestmark = pytest.mark.alone
+
 
 def of(found: dict[str, Any], path: str) -> dict[str, list[dict[str, Any]]]:
     """What gc said about the pools of one socket: others of this user are not ours to judge."""
