@@ -151,6 +151,7 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
     done = False
     try:
         line.send(Message(Kind.FETCH, k, worker.words[worker.generation_at + k]))
+        worker.driver.expect()  # while the broker is at work
         answer = yield Receive(line, time.monotonic() + ANSWER)
         if answer is None:
             return None
