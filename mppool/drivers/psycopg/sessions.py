@@ -283,10 +283,12 @@ class Sessions:
 
 
 def peer_of(fd: int) -> tuple[int, Any]:
-    """Family and address of the other end. (With its kind given, the kernel is not asked for it.)"""
+    """Family and address of the other end; no address if that has gone. (With its kind given, the kernel is not asked for it.)"""
     known = _socket.socket(-1, socket.SOCK_STREAM, 0, fd)
     try:
         return known.family, known.getpeername()
+    except OSError:
+        return known.family, None  # the pool looks at the connection next
     finally:
         known.detach()
 
