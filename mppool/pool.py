@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable
 from time import monotonic_ns
 from types import TracebackType
@@ -219,9 +218,9 @@ class Pool(Shell):
 
 
 class Lease:
-    """A session for a ``with`` block."""
+    """A session for a ``with`` block. A subclass may say what an error means; where there is none, it costs nothing."""
 
-    __slots__ = ("__weakref__", "_conn", "_pool", "_timeout", "_worker")
+    __slots__ = ("_block", "_conn", "_pool", "_timeout", "_worker")
 
     def __init__(self, pool: Pool, timeout: float | None) -> None:
         self._pool = pool
@@ -235,11 +234,12 @@ class Lease:
             worker = self._worker = pool._worker or pool._leaving
             # A signal handler's exception can end a block before the first line of __exit__; see Worker.tidy.
             entry = worker.leases[id(conn)][0]  # type: ignore[union-attr]
-            entry.block = weakref.ref(self), entry.uses
+            self._block = entry.block = [entry.uses]
             return conn
-        except BaseException:
+        except BaseException as error:
             if conn is not None:
                 pool.putconn(conn, discard=True)
+            self._failed(error)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -252,8 +252,15 @@ class Lease:
                 if self._worker is not None and self._worker.guard[0]:
                     raise
         elif self._worker is not None and self._worker.guard[0] and id(conn) in self._worker.leases:
-            self._pool.putconn(conn, discard=True)
+            self._pool.putconn(conn, discard=self._spoils(error))
         # Else it was given back within the block, before the exception, or forked inside the block: then the lease is the parent's.
+
+    def _failed(self, error: BaseException) -> None:
+        """Nothing was lent, because of this; may raise another error in its place."""
+
+    def _spoils(self, error: BaseException | None) -> bool:
+        """Does this error, which left the block, make the session unfit for others?"""
+        return True
 
 
 def perform(worker: Worker, story: Story[T]) -> T:

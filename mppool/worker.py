@@ -380,11 +380,9 @@ class Worker:
         """What earlier interruptions left, as far as it can be settled now."""
         self.finish()
         for key, (entry, lane) in list(self.leases.items()):
-            if entry.block is not None:
-                block, uses = entry.block
-                if uses == entry.uses and block() is None:  # its end was interrupted
-                    self.settle(lane)
-                    self.leases.pop(key, None)
+            if entry.left_behind():  # its end was interrupted
+                self.settle(lane)
+                self.leases.pop(key, None)
         for _ in range(len(self.limbo)):
             lane = self.limbo.popleft()
             if self.words[lane.at]:

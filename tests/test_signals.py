@@ -118,6 +118,19 @@ def test_exceptions_at_random_moments_never_break_the_cap(server: Judge, path: s
     assert server.counts()["peak"] <= size
     pool.close()
 
+def test_a_block_that_is_gone_gives_its_session_back(server: Judge, path: str) -> None:
+    """A handler's exception may end a block before the first line of its end: the next checkout finds that out, and only that."""
+    with mppool.Pool(server.address, max_size=1, broker=path, timeout=0.1) as pool:
+        block = pool.connection()
+        block.__enter__()
+        with pytest.raises(mppool.PoolTimeout):
+            pool.getconn()  # a block that is there has its session
+        del block
+        conn = pool.getconn(timeout=20)
+        with pytest.raises(mppool.PoolTimeout):
+            pool.getconn()  # and so does whom no block is known of
+        pool.putconn(conn)
+
 
 def test_a_handler_may_use_the_pool(server: Judge, path: str) -> None:
     """A handler that itself borrows, in the middle of a checkout or a return, disturbs nothing.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 from mppool.drivers.base import AsyncDriverBase
@@ -37,16 +36,20 @@ else:
 class AsyncDialer(Dialer):
     """As Dialer, without blocking; host names are looked up by the loop."""
 
+    give_up: Callable[[socket.socket], object] = staticmethod(socket.socket.close)
+    """What becomes of a socket whose connection was not to be."""
+
     async def connect(self) -> socket.socket:
         """A connected, non-blocking socket. Raises DialFailed; permanent if the host name does not exist."""
         try:
-            return await within(self.connect_timeout, self._first())
+            return await within(self.connect_timeout, self.first())
         except asyncio.TimeoutError:
             raise dial_failed(self.target, TimeoutError(f"no connection within connect_timeout={self.connect_timeout:g} s")) from None
         except (OSError, UnicodeError) as error:
             raise dial_failed(self.target, error) from error
 
-    async def _first(self) -> socket.socket:
+    async def first(self) -> socket.socket:
+        """A connection to the first address that answers, however long it takes. Raises OSError."""
         failure: OSError | None = None
         for family, address in await self._addresses():
             try:
@@ -72,7 +75,7 @@ class AsyncDialer(Dialer):
             await asyncio.get_running_loop().sock_connect(sock, address)
             prepare(sock)
         except BaseException:
-            sock.close()
+            self.give_up(sock)
             raise
         return sock
 
@@ -151,15 +154,12 @@ class Tap(socket.socket):
     used = False  # has the transport read through here? Those of uvloop never do
     wary = 0  # at so many returns the loop stops watching at once
 
-    async def open(self, *, dialed: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Streams over this socket, which are its end, too; so is an exception: of the connection as well, at once, if it was only just ``dialed``."""
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Streams over this socket, which are its end, too; so is an exception."""
         try:
             self.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=self)
         except BaseException:
-            if dialed:
-                with contextlib.suppress(OSError):
-                    self.shutdown(socket.SHUT_RDWR)
             abandon(self)
             raise
         self.transport = writer.transport

@@ -9,7 +9,6 @@ client = PooledClient("cache:11211", max_pool_size=8)
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 try:
@@ -161,16 +160,12 @@ class Loan(Lease):
 
     __slots__ = ()
 
-    def __enter__(self) -> Any:
-        try:
-            return Lease.__enter__(self)
-        except (PoolTimeout, TooManyWaiting) as error:
+    def _failed(self, error: BaseException) -> None:
+        if isinstance(error, (PoolTimeout, TooManyWaiting)):
             raise why(error) from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and isinstance(error, MemcacheIllegalInputError):
-            kind = error = None
-        Lease.__exit__(self, kind, error, trace)
+    def _spoils(self, error: BaseException | None) -> bool:
+        return not isinstance(error, MemcacheIllegalInputError)
 
 
 def why(error: Exception) -> Error:

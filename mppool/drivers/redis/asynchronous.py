@@ -27,9 +27,12 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
         session = self.login.make()
         try:
             await session.connect()
-        except BaseException as error:
+        except GeneratorExit:
             session._shut_down()
             self.abort(session)
+            raise
+        except BaseException as error:
+            await self._end(session)
             if isinstance(error, redis.RedisError):
                 raise self.failed(error) from error
             raise
@@ -89,13 +92,18 @@ class AsyncRedisDriver(Sessions, AsyncDriverBase):
     async def close(self, session: Any) -> None:
         writer = session._writer
         if writer is not None and writer is not session.own and session.own is not None:
-            session._shut_down()
-            try:
+            await self._end(session)
+        else:
+            self.abort(session)
+
+    async def _end(self, session: Any) -> None:
+        """One permit, one connection: it goes back when the server has seen the end, too."""
+        session._shut_down()
+        try:
+            if session._old is not None:
                 await until_ended(session._old)
-            finally:
-                self.abort(session)
-            return
-        self.abort(session)
+        finally:
+            self.abort(session)
 
     def abort(self, session: Any) -> None:
         session.gone = True

@@ -11,15 +11,20 @@ from inspect import iscoroutinefunction
 from typing import Any
 
 import redis
+import redis.asyncio.connection
 
 from mppool.drivers.dialer import adopt
 from mppool.drivers.redis.commands import MARKS, SPOILT, mark
-from mppool.drivers.streams import Tap, drop, fileno
+from mppool.drivers.streams import AsyncDialer, Tap, fileno, within
 from mppool.kernel import link
+from mppool.options import Target
 
 __all__ = ["pooled", "until_ended", "wait_for_end"]
 
 PATIENCE = 0.5  # seconds to wait for the server's end of a connection before another takes its place
+
+BY_HOST = (redis.asyncio.connection.Connection._connect,)
+BY_PATH = (redis.asyncio.connection.UnixDomainSocketConnection._connect,)
 
 
 def pooled(connection_class: type[Any]) -> type[Any]:
@@ -115,6 +120,12 @@ class AsyncPooled(Counting):
 
     _reader: Any
     _writer: Any
+    _connection_arguments: Any
+    on_connect: Any
+    path: str
+    socket_connect_timeout: float | None
+    socket_keepalive: bool | None
+    socket_keepalive_options: Any
     tap: Any = None  # turns reading off and on: a Tap, or the transport itself
 
     async def send_command(self, *args: Any, **kwargs: Any) -> None:
@@ -135,12 +146,43 @@ class AsyncPooled(Counting):
         if self._old is not None:
             await until_ended(self._old)
             self.forget_old()
-        await super()._connect()  # type: ignore[misc]
-        transport = self.tap = self._writer.transport
-        if transport.get_extra_info("ssl_object") is None and isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
-            self.tap = adopt(fileno(transport), Tap)
-            drop(transport)  # now: it takes a turn of the loop
-            self._reader, self._writer = await self.tap.open(dialed=True)
+        theirs = super()._connect  # type: ignore[misc]
+        how = {} if theirs.__func__ in BY_PATH else self._connection_arguments()
+        if theirs.__func__ in BY_PATH + BY_HOST and how.keys() <= {"host", "port", "ssl"}:
+            await within(self.socket_connect_timeout, self._open(**how))
+        else:  # in a way of the user's own
+            await theirs()
+            self.tap = self._writer.transport
+        if theirs.__func__ in BY_PATH:
+            await self.on_connect()
+
+    async def _open(self, host: str = "", port: int = 0, ssl: Any = None) -> None:
+        """As redis-py does; but it is our socket. What asyncio dials and gives up it closes later, when others may have the permit already."""
+        dialer = AsyncDialer(Target("tcp", host, port) if host else Target("unix", self.path))
+        dialer.give_up = self._leave
+        sock = await dialer.first()
+        try:
+            if host:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(self.socket_keepalive))
+                for option, value in self.socket_keepalive_options.items() if self.socket_keepalive else ():
+                    sock.setsockopt(socket.SOL_TCP, option, value)
+            ours = adopt(sock.fileno())
+        except BaseException:
+            self._leave(sock)
+            raise
+        try:
+            if ssl is not None:
+                self._reader, self._writer = await asyncio.open_connection(sock=sock, ssl=ssl, server_hostname=host)
+            else:
+                self.tap = adopt(sock.fileno(), Tap)
+                sock.close()
+                self._reader, self._writer = await self.tap.open()
+        except BaseException:
+            self._leave(ours)
+            raise
+        ours.close()
+        if ssl is not None or not isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
+            self.tap = self._writer.transport
 
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:
         self._shut_down()
@@ -156,12 +198,16 @@ class AsyncPooled(Counting):
             return
         fd = fileno(self._writer.transport)
         if fd >= 0:
-            self.forget_old()
-            self._old = adopt(fd)
-            try:
-                self._old.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass
+            self._leave(adopt(fd))
+
+    def _leave(self, sock: socket.socket) -> None:
+        """Shut it down, and keep it: whoever has the permit waits for the server's end of it."""
+        self.forget_old()
+        self._old = sock
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the server was faster, or it was never connected
 
 
 def wait_for_end(sock: socket.socket) -> None:
