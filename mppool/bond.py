@@ -35,7 +35,10 @@ Key = tuple[str, int, int]  # pool, slot, generation
 
 
 class Bond:
-    """``desks`` are the broker's, and so are ``busy``, its pools that it cannot adopt yet; ``watch`` and ``unwatch`` are its loop's; ``guarded`` is how it lets a desk look at its table, which may be damaged."""
+    """``desks`` are the broker's, and so are ``busy``, its pools that it cannot adopt yet; ``watch`` and ``unwatch`` are its loop's.
+
+    ``guarded`` is how it lets a desk look at its table, which may be damaged.
+    """
 
     def __init__(
         self,
@@ -183,9 +186,7 @@ class Bond:
                     if self.take_back(message, given, kept=True):
                         self.held.add((unpack_held(message.body)[0], message.number, message.serial))
                     else:
-                        self.undropped.append(
-                            encode(Message(Kind.DROP, message.number, message.serial, body=message.body))
-                        )  # later: it is not reading just now
+                        self.undropped.append(encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))  # later: it does not read now
             finally:
                 if fd >= 0:
                     os.close(fd)
