@@ -339,6 +339,13 @@ class Bond:
         self.end_start()
         if self.link is not None:
             self.link.close()
+            return
+        try:
+            wires.connect(self.path).close()
+        except ConnectionRefusedError:
+            os.unlink(self.path)  # of one that was killed
+        except (OSError, BrokerUnavailable):
+            pass
 
 
 def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:

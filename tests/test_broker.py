@@ -20,7 +20,7 @@ from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
 from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
 from tests.helpers.leftovers import processes_of
-from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
+from tests.helpers.processes import PATIENCE, BrokerProcess, Child, answers, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 
 
@@ -454,6 +454,41 @@ def test_autostart(server: Judge, socket_path: str) -> None:
     for process in processes_of(socket_path):
         if "broker" in process.cmdline():
             process.send_signal(signal.SIGTERM)
+
+
+def test_an_autostarted_broker_that_dies_is_started_again(server: Judge, socket_path: str) -> None:
+    """By those who wait for a session, all of them attached already; one broker comes, which is nobody's child, and serves them in turn."""
+    pool = mppool.Pool(server.address, max_size=1, name="auto", broker=socket_path, autostart=True)
+
+    def wait(child: Child) -> int:
+        pool.open()
+        child.tell()
+        child.hear()
+        with pool.connection(timeout=PATIENCE) as sock:
+            return ask(sock, "x")
+
+    def brokers() -> list[psutil.Process]:
+        return [process for process in processes_of(socket_path) if "broker" in process.cmdline()]
+
+    with fork(*[wait] * 3) as children:
+        sock = pool.getconn()
+        assert ask(sock, "x") == 1
+        for child in children:
+            child.hear()
+        (first,) = brokers()
+        first.kill()
+        for child in children:
+            child.tell()
+        eventually(lambda: answers(socket_path), what="another broker")
+        eventually(lambda: pool.get_stats()["waiting"] == 3 and pool._worker.table.halves[H_WAITERS] == 3)  # type: ignore[union-attr]
+        pool.putconn(sock)
+        assert [child.result() for child in children] == [1] * 3
+        (second,) = brokers()
+        assert second != first
+        assert second.ppid() not in [os.getpid(), *(child.pid for child in children)]
+    assert server.counts()["dials"] == 1
+    pool.close()
+    second.terminate()
 
 
 def test_of_many_that_come_at_once_one_starts_the_broker(server: Judge, socket_path: str, tmp_path: Path) -> None:

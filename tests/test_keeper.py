@@ -86,7 +86,6 @@ def test_a_broker_that_gets_no_keeper_ends_all_the_same(server: Judge, broker: B
         assert broker.process.wait(PATIENCE) == 0
     assert lease_all(pool, 1) == {1}
     pool.close()
-    os.unlink(keeper_path(broker.path))  # the killed one's
 
 
 def test_a_keeper_whose_broker_has_died_meanwhile_takes_no_place(socket_path: str) -> None:
