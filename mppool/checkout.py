@@ -85,11 +85,11 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     if worker.idle:
         yield from give_up_idle(hands)
     while True:
+        settle_abandoned(hands)
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
-        settle_abandoned(hands)
         line = None
         if not is_crowded(worker):
             line = yield from connect(worker)
