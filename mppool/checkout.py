@@ -21,6 +21,7 @@ from mppool.conversation import attach, connect, fetch, settle_abandoned, wait_t
 from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolClosed, PoolTimeout
 from mppool.exchange import why_expired
+from mppool.launch import start_again
 from mppool.line import Descriptor
 from mppool.returning import discard, tell
 from mppool.snapshot import numbers
@@ -32,6 +33,7 @@ from mppool.worker import TURN, Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
 
+CALL_AFTER, CALL_AGAIN = 0.5, 5.0  # seconds without a broker until a waiter of a pool with autostart has one started, and between two tries of a process
 FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table while there is no broker
 
 Held = tuple[Lane, Entry]
@@ -82,12 +84,15 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     if worker.idle:
         yield from give_up_idle(hands)
     while True:
+        settle_abandoned(hands)
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
-        settle_abandoned(hands)
-        line = None if is_crowded(worker) else (yield from connect(worker))
+        line = None
+        if not is_crowded(worker):
+            line = yield from connect(worker)
+            call_for_broker(worker, line is None)
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
             worker.lines.append(line)
@@ -114,6 +119,18 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
             held = yield from open_session(hands)
             if held is not None:
                 return held
+
+
+def call_for_broker(worker: Worker, missing: bool) -> None:
+    """With autostart: have a broker started where none has been for a while. (One that is being replaced is away for some milliseconds.)"""
+    now = time.monotonic()
+    if not missing or not worker.autostart:
+        worker.call_at = 0.0
+    elif not worker.call_at:
+        worker.call_at = now + CALL_AFTER
+    elif now >= worker.call_at:
+        worker.call_at = now + CALL_AGAIN
+        start_again(worker.path)
 
 
 def is_crowded(worker: Worker) -> bool:

@@ -249,6 +249,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
         if asked:
             lane.owner = 0
             give_up(worker, line, lane)
+            settle_abandoned(hands)  # at once, if there is no broker any more: who knows when this process next comes by
         raise
     if turn.lane is None:
         hands.give(lane)
@@ -308,10 +309,7 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
     """Nobody here waits any more: an exception came, or the broker is silent. Its answer is read when this process next comes by."""
     if lane not in [other for _, other in worker.abandoned]:
         worker.abandoned.append((line, lane))
-    try:
-        line.give_up()
-    except LineLost:
-        pass
+    line.give_up()
 
 
 def settle_abandoned(hands: Hands) -> None:

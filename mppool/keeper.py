@@ -191,6 +191,10 @@ def main(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it outlives its broker; see the module's first lines for its own end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise_descriptors()
+    starter = select.poll()
+    starter.register(1, 0)
+    if starter.poll(0):
+        return  # it died meanwhile: the socket may be another keeper's by now
     keeper = Keeper(path)
     try:
         try:

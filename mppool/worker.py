@@ -188,6 +188,8 @@ class Worker:
         self.owes = False  # a duplicate that we sent did not get through
         self.next_try = 0.0  # when to look for a broker again, unless another has come since
         self.tried_epoch = 0
+        self.autostart = False
+        self.call_at = 0.0  # with autostart: when to start a broker if none has come; 0: one was there when we last looked
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, int] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
