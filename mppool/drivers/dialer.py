@@ -60,7 +60,10 @@ class Dialer:
         return sock
 
     def forked(self) -> bool:
-        """In a forked child: close what other threads of the parent were opening, without a word."""
+        """In a forked child: close what other threads of the parent were opening, without a word.
+
+        Not those over TLS, whose sockets are others: a driver that makes such connections answers False.
+        """
         for reference in self._dialed:
             sock = reference()
             if sock is not None:

@@ -173,11 +173,14 @@ class HttpcoreDriver(DriverBase):
         if self.ssl_context is not None:
             try:
                 sock.settimeout(self.dialer.connect_timeout)
-                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.dialer.target.host)
+                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.dialer.target.host, do_handshake_on_connect=False)
+                sock.do_handshake()
                 sock.settimeout(FOREVER)
-            except OSError as error:
+            except BaseException as error:
                 sock.close()
-                raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+                if isinstance(error, OSError):
+                    raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+                raise
         return self._session(sock)
 
     def _session(self, sock: socket.socket) -> Session:
@@ -207,7 +210,7 @@ class HttpcoreDriver(DriverBase):
         abandon(session.stream.sock)
 
     def forked(self) -> bool:
-        return self.dialer.forked()
+        return self.dialer.forked() and self.ssl_context is None
 
 
 class AsyncHttpcoreDriver(AsyncDriverBase):
