@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator
@@ -24,7 +25,7 @@ except ImportError as error:
     raise ImportError("mppool needs httpx for this: pip install 'mppool[httpx]'") from error
 
 from mppool.aio import AsyncPool
-from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session
+from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session, connect_within
 from mppool.errors import DialFailed, PoolTimeout, TooManyWaiting
 from mppool.pool import Pool
 
@@ -103,10 +104,16 @@ def as_httpcore(request: httpx.Request) -> httpcore.Request:
     return httpcore.Request(request.method, target, headers=request.headers.raw, content=request.stream, extensions=request.extensions)
 
 
-def patience(request: httpx.Request) -> float | None:
-    """Seconds to wait for a connection; None: the pool's own timeout."""
-    waits = request.extensions.get("timeout", {}).get("pool")
-    return float(waits) if waits is not None else None
+@contextmanager
+def patience(request: httpx.Request) -> Iterator[float | None]:
+    """While a connection is looked for: how many seconds the request waits for a free one (None: as the pool's ``timeout`` says), and for a new one."""
+    timeout = request.extensions.get("timeout", {})
+    pool, connect = timeout.get("pool"), timeout.get("connect")
+    token = connect_within.set(math.inf if connect is None else float(connect))
+    try:
+        yield None if pool is None else float(pool)
+    finally:
+        connect_within.reset(token)
 
 
 class HTTPTransport(_Transport, httpx.BaseTransport):
@@ -123,7 +130,8 @@ class HTTPTransport(_Transport, httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         pool: Pool = self._pool(request)
         with understood():
-            session: Session = pool.getconn(patience(request))
+            with patience(request) as seconds:
+                session: Session = pool.getconn(seconds)
             try:
                 response = session.connection.handle_request(as_httpcore(request))
             except BaseException:
@@ -169,7 +177,8 @@ class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         pool: AsyncPool = self._pool(request)
         with understood():
-            session: Session = await pool.getconn(patience(request))
+            with patience(request) as seconds:
+                session: Session = await pool.getconn(seconds)
             try:
                 response = await session.connection.handle_async_request(as_httpcore(request))
             except BaseException:
