@@ -9,9 +9,7 @@ client = httpx.Client(transport=HTTPTransport(max_connections=8))
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-import re
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ except ImportError as error:
 from mppool.aio import AsyncPool
 from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session, connect_within
 from mppool.errors import DialFailed, PoolTimeout, TooManyWaiting
+from mppool.integrations.names import digest, readable
 from mppool.pool import Pool
 
 __all__ = ["AsyncHTTPTransport", "HTTPTransport"]
@@ -74,7 +73,7 @@ class _Transport:
         pool = self._pools.get(str(origin))
         if pool is None:
             context = self._context if url.scheme == "https" else None
-            made = self._make(origin, context, **{"name": name_of(origin, trust_of(context) if context else ""), **self._options})
+            made = self._make(origin, context, **{"name": readable(str(origin), digest(str(origin), trust_of(context) if context else "")), **self._options})
             pool = self._pools.setdefault(str(origin), made)  # if another thread was faster, ours is forgotten: it has done nothing yet
         return pool
 
@@ -86,16 +85,11 @@ class _Transport:
         raise NotImplementedError
 
 
-def name_of(origin: httpcore.Origin, trust: str) -> str:
-    digest = hashlib.blake2b(f"{origin} {trust}".encode(), digest_size=4).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', str(origin))[:50].strip('-')}-{digest}"
-
-
 def trust_of(context: ssl.SSLContext) -> str:
     """What it demands of a server, the same in every process: a worker that nobody can please is no trouble to others."""
     authorities = sorted(context.get_ca_certs(binary_form=True))
     demands = (context.verify_mode, context.check_hostname, context.minimum_version, context.maximum_version, authorities)
-    return hashlib.blake2b(repr(demands).encode(), digest_size=8).hexdigest()
+    return digest(*demands)
 
 
 def as_httpcore(request: httpx.Request) -> httpcore.Request:

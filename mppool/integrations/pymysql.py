@@ -9,7 +9,6 @@ with pool.connection() as conn, conn.cursor() as cursor:
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -21,7 +20,8 @@ except ImportError as error:
 
 from mppool import errors
 from mppool.drivers.pymysql import PyMySQLDriver
-from mppool.options import Options, default_name
+from mppool.integrations.names import digest, readable
+from mppool.options import Options
 from mppool.pool import Lease, Pool
 
 __all__ = ["ConnectFailed", "Connection", "ConnectionPool", "PoolTimeout"]
@@ -57,8 +57,7 @@ class ConnectionPool(Pool):
         options = {name: arguments.pop(name) for name in OURS & set(arguments)}
         driver = PyMySQLDriver(on_transfer=on_transfer, **arguments)
         if options.get("name") is None:
-            digest = hashlib.blake2b(driver.key().encode(), digest_size=4).hexdigest()
-            options["name"] = f"mysql@{default_name(driver.target)}"[:54] + f"-{digest}"
+            options["name"] = readable(f"mysql@{driver.target.host}", digest(driver.key()))
         super().__init__(str(driver.target), driver=driver, max_size=max_size, **options)
 
     def __reduce__(self) -> tuple[Callable[[], ConnectionPool], tuple[()]]:
@@ -69,9 +68,8 @@ class ConnectionPool(Pool):
         try:
             return super().getconn(timeout)
         except errors.DialFailed as error:
-            code, message = (
-                error.__cause__.args if isinstance(error.__cause__, err.MySQLError) and len(error.__cause__.args) == 2 else (CR_CONN_HOST_ERROR, str(error))
-            )
+            cause = error.__cause__
+            code, message = cause.args if isinstance(cause, err.MySQLError) and len(cause.args) == 2 else (CR_CONN_HOST_ERROR, str(error))
             raise ConnectFailed(code, message, permanent=error.permanent) from error
         except errors.PoolTimeout as error:
             raise PoolTimeout(str(error)) from error.__cause__

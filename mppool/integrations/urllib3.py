@@ -8,8 +8,6 @@ http.request("GET", "http://service.local/items")
 
 from __future__ import annotations
 
-import hashlib
-import re
 import ssl
 import threading
 from functools import partial
@@ -30,6 +28,7 @@ from urllib3.util.ssl_match_hostname import CertificateError
 from mppool.drivers.dialer import FOREVER
 from mppool.drivers.http1 import HTTPDriver
 from mppool.errors import DialFailed, Error, PoolClosed, PoolTimeout, TooManyWaiting
+from mppool.integrations.names import digest, readable
 from mppool.pool import Pool
 
 __all__ = ["HTTPConnectionPool", "HTTPSConnectionPool", "PoolManager", "ProxyManager"]
@@ -90,8 +89,8 @@ class _Shared:
         origin = f"{self.scheme}://{self.host}:{self.port or ''}"
         if self.proxy is not None:
             origin = f"{origin} via {self.proxy}"
-        digest = hashlib.blake2b(repr((origin, identity(self))).encode(), digest_size=4).hexdigest()
-        options: dict[str, Any] = {"name": f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', f'{self.scheme}-{self.host}-{self.port}')[:50]}-{digest}", **(shared or {})}
+        name = readable(f"{self.scheme}-{self.host}-{self.port}", digest(origin, identity(self)))
+        options: dict[str, Any] = {"name": name, **(shared or {})}
         driver = HTTPDriver(origin, self._new_conn, self._connect)
         self._shared = Pool(driver=driver, max_size=maxsize, reconnect_timeout=0.0, **options)
 
