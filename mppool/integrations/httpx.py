@@ -1,9 +1,11 @@
 """httpx: transports whose connections all worker processes of the host share.
 
-import httpx
-from mppool.integrations.httpx import HTTPTransport
+    import httpx
+    from mppool.integrations.httpx import HTTPTransport
 
-client = httpx.Client(transport=HTTPTransport(max_connections=8))
+    client = httpx.Client(transport=HTTPTransport(max_connections=8))
+
+At most eight connections to each origin are open, of all workers together.
 """
 
 from __future__ import annotations
@@ -111,11 +113,19 @@ def patience(request: httpx.Request) -> Iterator[float | None]:
 
 
 class HTTPTransport(_Transport, httpx.BaseTransport):
-    """A transport over pools of all worker processes; ``max_connections`` (default 10) is the strict cap for each origin of all workers together.
+    """In the place of ``httpx.HTTPTransport``. There is one pool for each origin (scheme, host and port), which all worker processes share.
 
-    HTTP/1.1. For https connections stay with the process that made them (``verify`` as httpx's: True, False or an SSLContext), capped likewise.
-    Further options are those of ``mppool.Pool``. A response that is closed before it was read to its end costs its connection.
-    What a client mounts beside it has connections of its own: ``httpx.Client(proxy=...)`` goes past it, and a proxy of the environment is not asked.
+    ``max_connections`` (default 10) is the strict cap for each origin, of all workers together. ``verify`` is httpx's: True, False or an SSLContext.
+    ``connect_timeout`` in seconds (default 5): a request's own holds if it is shorter. Further options are those of ``mppool.Pool``.
+
+    What differs from ``httpx.HTTPTransport``:
+
+    - HTTP/1.1 only; there is no ``http2``, ``retries``, ``cert``, ``uds``, ``local_address``, ``socket_options`` or ``limits``.
+    - https connections are resident: they stay with the process that made them. They count in the same cap.
+    - A request waits for a free connection for as long as httpx's ``pool`` timeout says, and then gets httpx.PoolTimeout.
+    - A connection is closed if its response is closed before it was read to its end.
+    - Proxies are not used: the environment's are ignored, and ``httpx.Client(proxy=...)`` makes connections outside of the pool.
+    - ``close()`` lets this process go; connections that other processes may use stay open.
     """
 
     def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> Pool:
@@ -163,7 +173,7 @@ class Body(httpx.SyncByteStream):
 
 
 class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
-    """As HTTPTransport, for asyncio."""
+    """In the place of ``httpx.AsyncHTTPTransport``: as HTTPTransport, for asyncio."""
 
     def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> AsyncPool:
         return AsyncPool(driver=AsyncHttpcoreDriver(origin, self._connect_timeout, context), **options)

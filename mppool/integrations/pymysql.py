@@ -1,9 +1,11 @@
 """A pool for PyMySQL, which has none of its own: psycopg_pool's names, ``pymysql.connect``'s arguments, one cap for all workers.
 
-pool = ConnectionPool(max_size=8, host="db", user="app", password="...", database="shop", ssl_disabled=True)
+    pool = ConnectionPool(max_size=8, host="db", user="app", password="...", database="shop", ssl_disabled=True)
 
-with pool.connection() as conn, conn.cursor() as cursor:
-    cursor.execute("select ...")
+    with pool.connection() as conn, conn.cursor() as cursor:
+        cursor.execute("select ...")
+
+Without ``ssl_disabled`` PyMySQL uses TLS where the server offers it, and TLS connections stay with the process that made them.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class ConnectionPool(Pool):
     """A ``mppool.Pool`` that lends ``pymysql.Connection`` objects.
 
     Takes the options of ``mppool.Pool``, ``on_transfer`` (see ``mppool.drivers.pymysql.PyMySQLDriver``) and the arguments of
-    ``pymysql.connect``. ``name`` defaults to server, login and options: workers that say the same share a pool.
+    ``pymysql.connect``. The default for ``name`` is made from server, login and options: workers that give the same ones share a pool.
 
     What a ``configure`` hook sets in a session is dropped when it is reset; ``init_command`` is done again.
     """

@@ -1,9 +1,11 @@
 """urllib3: a ``PoolManager`` whose connections all worker processes of the host share.
 
-from mppool.integrations.urllib3 import PoolManager
+    from mppool.integrations.urllib3 import PoolManager
 
-http = PoolManager(maxsize=8)
-http.request("GET", "http://service.local/items")
+    http = PoolManager(maxsize=8)
+    http.request("GET", "http://service.local/items")
+
+At most eight connections to each origin are open, of all workers together.
 """
 
 from __future__ import annotations
@@ -196,8 +198,19 @@ class _Manager:
 
 
 class PoolManager(_Manager, urllib3.PoolManager):
-    """``urllib3.PoolManager``; ``maxsize`` (default 10) is the cap for each origin of all workers together, ``shared`` are options of ``mppool.Pool``."""
+    """In the place of ``urllib3.PoolManager``. There is one pool for each origin (scheme, host and port), which all worker processes share.
+
+    ``maxsize`` (default 10; urllib3's is 1) is the strict cap for each origin, of all workers together. ``shared`` are options of ``mppool.Pool``:
+    ``{"broker": path, "autostart": True, "max_idle": 60}``.
+
+    What differs from urllib3's:
+
+    - There are no connections beyond ``maxsize``. A request that finds none free waits, also without ``block``: then for at most 30 s, after which
+      EmptyPoolError is raised.
+    - https connections are resident: they stay with the process that made them. They count in the same cap.
+    - ``clear()`` lets this process go; connections that other processes may use stay open.
+    """
 
 
 class ProxyManager(_Manager, urllib3.ProxyManager):
-    """``urllib3.ProxyManager``, likewise. Connections to the proxy are shared for http; tunnels for https stay with their process."""
+    """In the place of ``urllib3.ProxyManager``; see PoolManager. Connections to the proxy are shared for http; tunnels for https are resident."""
