@@ -14,7 +14,7 @@ import asyncio
 import math
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ except ImportError as error:
 
 from mppool.aio import AsyncPool
 from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session, connect_within
-from mppool.errors import DialFailed, PoolTimeout, TooManyWaiting
+from mppool.errors import DialFailed, Error, PoolTimeout, TooManyWaiting
 from mppool.integrations.names import digest, readable
 from mppool.pool import Pool
 
@@ -169,7 +169,8 @@ class Body(httpx.SyncByteStream):
             try:
                 self.stream.close()
             finally:
-                self.pool.putconn(session)
+                with suppress(Error):  # forked in the middle of the response: it is the parent's
+                    self.pool.putconn(session)
 
 
 class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
@@ -217,4 +218,5 @@ class AsyncBody(httpx.AsyncByteStream):
             try:
                 await self.stream.aclose()
             finally:
-                await self.pool.putconn(session)
+                with suppress(Error):
+                    await self.pool.putconn(session)
