@@ -341,18 +341,18 @@ def test_a_requests_own_connect_timeout_holds(socket_path: str) -> None:
             assert [child.result() for child in children] == ["ConnectTimeout"] * 2
 
 
-def by_httpx(url: str, path: str) -> Any:
+def begun_by_httpx(url: str, path: str) -> Any:
     client = httpx.Client(transport=HTTPTransport(broker=path), timeout=20)
     return client.send(client.build_request("GET", url), stream=True)
 
 
-def by_requests(url: str, path: str) -> Any:
+def begun_by_requests(url: str, path: str) -> Any:
     session = requests.Session()
     session.mount("http://", HTTPAdapter(shared={"broker": path}))
     return session.get(url, stream=True, timeout=20)
 
 
-@pytest.mark.parametrize("begin", [by_httpx, by_requests])
+@pytest.mark.parametrize("begin", [begun_by_httpx, begun_by_requests])
 def test_a_child_forked_in_the_middle_of_a_response_leaves_it_to_its_parent(web: Nginx, socket_path: str, begin: Callable[[str, str], Any]) -> None:
     """It may close its copy, as the end of a ``with`` block does."""
     response = begin(f"{web.url}/echo?nonce=1", socket_path)
