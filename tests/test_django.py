@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("django")
 pytest.importorskip("psycopg")
 
+import mppool
 from tests.helpers.postgres import Database, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.site import Load, site
@@ -362,6 +363,21 @@ def test_djangos_own_pool_options_are_understood(project: Project) -> None:
     assert project.run(work, OPTIONS={"pool": {"min_size": 1, "max_size": 3, "timeout": 10, "name": "mine"}}) == [3, 1, "mine"]
 
 
+def test_one_name_for_two_databases_is_an_error(project: Project) -> None:
+    """Not a connection to the first one's."""
+
+    def work(connection: Any) -> str:
+        from django.db import connections
+
+        connections.settings["other"] = {**connection.settings_dict, "NAME": "postgres"}
+        ask(connection, PID)
+        with pytest.raises(mppool.ConfigMismatch):
+            ask(connections["other"], "select current_database()")
+        return "refused"
+
+    assert project.run(work, {"name": "both"}) == "refused"
+
+
 def test_what_cannot_be_connected_to_is_said_at_once(project: Project) -> None:
     """A wrong password, a database that is not there, a server that is down: django.db.OperationalError, without waiting for ``timeout``."""
 
@@ -392,9 +408,12 @@ def test_unknown_options_are_psycopgs(project: Project) -> None:
     assert project.run(work, {"max_sise": 3}) == "refused"
 
 
+@pytest.mark.parametrize("name", [None, "notes"], ids=["unnamed", "named"])
 @pytest.mark.parametrize("arguments", [(), ("--parallel", "2")], ids=["one-process", "parallel"])
-def test_the_projects_own_tests_run(project: Project, arguments: tuple[str, ...]) -> None:
-    """``manage.py test``: test databases are made, copied and dropped; the pool lets go of them in time."""
+def test_the_projects_own_tests_run(project: Project, arguments: tuple[str, ...], name: str | None, tmp_path: Path) -> None:
+    """``manage.py test``: test databases are made, copied and dropped; the pool lets go of them in time. A name in OPTIONS is not for them."""
+    (tmp_path / "tried.py").write_text(f"from project.settings import *\nDATABASES['default']['OPTIONS']['name'] = {name!r}\n")
+    project.environment.update(PYTHONPATH=str(tmp_path), DJANGO_SETTINGS_MODULE="tried")
     project.database.ask(f"alter role {project.database.user} createdb")
     done = project.manage("test", "notes", *arguments)
     assert done.returncode == 0, done.stderr

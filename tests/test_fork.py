@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
 import mppool
+from mppool.drivers import DriverBase
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.server import Judge, ask
 
@@ -243,3 +249,82 @@ def test_a_stopped_worker_keeps_nobody_from_its_idle_sessions(server: Judge, soc
         child.kill(signal.SIGCONT)
     eventually(lambda: len(pool.get_stats()["workers"]) == 1)
     pool.close()
+
+
+def over_tls_by_httpx(port: int) -> DriverBase:
+    httpcore = pytest.importorskip("httpcore")
+    from mppool.drivers.httpcore import HttpcoreDriver
+
+    return HttpcoreDriver(httpcore.Origin(b"https", b"127.0.0.1", port), 60.0, ssl.create_default_context())
+
+
+def over_tls_by_pymemcache(port: int) -> DriverBase:
+    pytest.importorskip("pymemcache")
+    from mppool.drivers.pymemcache import PymemcacheDriver
+
+    return PymemcacheDriver(("127.0.0.1", port), connect_timeout=60, tls_context=ssl.create_default_context())
+
+
+def over_tls_by_pg8000(port: int) -> DriverBase:
+    pytest.importorskip("pg8000")
+    from mppool.drivers.pg8000 import Pg8000Driver
+
+    return Pg8000Driver("app", "127.0.0.1", port=port, timeout=60)
+
+
+def over_tls_by_pymysql(port: int) -> DriverBase:
+    pytest.importorskip("pymysql")
+    from mppool.drivers.pymysql import PyMySQLDriver
+
+    return PyMySQLDriver(host="127.0.0.1", port=port, user="app", connect_timeout=60)
+
+
+GREETING = b"\x0a8.0.0\0" + struct.pack("<I8sxHBHHB10x13s", 1, b"challeng", 0xFFFF, 33, 2, 0x0008, 21, b"e, continued")
+
+
+@pytest.mark.parametrize(
+    ("make", "offer", "asks"),
+    [
+        (over_tls_by_httpx, b"", 0),
+        (over_tls_by_pymemcache, b"", 0),
+        (over_tls_by_pg8000, b"S", 8),
+        (over_tls_by_pymysql, struct.pack("<I", len(GREETING)) + GREETING, 36),
+    ],
+    ids=["httpx", "pymemcache", "pg8000", "pymysql"],
+)
+def test_a_child_forked_during_a_tls_handshake_does_not_claim_to_have_let_go(make: Callable[[int], DriverBase], offer: bytes, asks: int) -> None:
+    """It has the connection, which another thread of its parent was making; if it cannot close it, the driver says so, and the pool goes on counting."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        driver = make(port)
+
+        def dial() -> None:
+            with contextlib.suppress(OSError):
+                driver.dial()
+
+        thread = threading.Thread(target=dial, daemon=True)
+        thread.start()
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(20)
+            server.sendall(offer)
+            server.recv(asks, socket.MSG_WAITALL)
+            assert server.recv(1) == b"\x16"  # a TLS handshake
+
+            def child(_: Child) -> bool:
+                return not driver.forked() or not connections_to(port)
+
+            with fork(child) as (forked,):
+                assert forked.result()
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        thread.join(20)
+
+
+def connections_to(port: int) -> list[int]:
+    """The descriptors of this process that are such."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.getpeername()[1:2] == (port,):
+                found.append(fd)
+    return found

@@ -316,6 +316,58 @@ def test_who_does_not_trust_a_server_is_no_trouble_to_who_does(web: Nginx, socke
         client(socket_path, 1, False, 0.05)(f"https://127.0.0.1:{silent.getsockname()[1]}/")
 
 
+def test_a_requests_own_connect_timeout_holds(socket_path: str) -> None:
+    """httpx's ``timeout``, where it is shorter than the transport's ``connect_timeout``."""
+    timeout = httpx.Timeout(600, connect=0.05)
+
+    def blocking(url: str) -> str:
+        with (
+            httpx.Client(transport=HTTPTransport(broker=socket_path, connect_timeout=600), timeout=timeout) as client,
+            pytest.raises(httpx.TransportError) as raised,
+        ):
+            client.get(url)
+        return type(raised.value).__name__
+
+    async def waiting(url: str) -> str:
+        transport = AsyncHTTPTransport(broker=socket_path, connect_timeout=600)
+        async with httpx.AsyncClient(transport=transport, timeout=timeout) as client:
+            with pytest.raises(httpx.TransportError) as raised:
+                await client.get(url)
+        return type(raised.value).__name__
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        with fork(lambda _: blocking(url), lambda _: asyncio.run(waiting(url))) as children:
+            assert [child.result() for child in children] == ["ConnectTimeout"] * 2
+
+
+def begun_by_httpx(url: str, path: str) -> Any:
+    client = httpx.Client(transport=HTTPTransport(broker=path), timeout=20)
+    return client.send(client.build_request("GET", url), stream=True)
+
+
+def begun_by_requests(url: str, path: str) -> Any:
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(shared={"broker": path}))
+    return session.get(url, stream=True, timeout=20)
+
+
+@pytest.mark.parametrize("begin", [begun_by_httpx, begun_by_requests])
+def test_a_child_forked_in_the_middle_of_a_response_leaves_it_to_its_parent(web: Nginx, socket_path: str, begin: Callable[[str, str], Any]) -> None:
+    """It may close its copy, as the end of a ``with`` block does."""
+    response = begin(f"{web.url}/echo?nonce=1", socket_path)
+
+    def child(_: Child) -> str:
+        response.close()
+        return "closed"
+
+    with fork(child) as (forked,):
+        assert forked.result() == "closed"
+    text = response.read() if isinstance(response, httpx.Response) else response.content
+    assert text.split()[1] == b"1"
+    response.close()
+
+
 def test_an_adapter_can_be_pickled(web: Nginx, socket_path: str) -> None:
     """As requests' own: the copy has its own manager, and the same options."""
     session = requests.Session()

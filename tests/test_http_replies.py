@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from urllib3.exceptions import MaxRetryError
 from mppool import shell
 from mppool.integrations.httpx import AsyncHTTPTransport, HTTPTransport
 from mppool.integrations.requests import HTTPAdapter
-from mppool.integrations.urllib3 import PoolManager
+from mppool.integrations.urllib3 import PoolManager, ProxyManager
 from tests.helpers.daemons import daemon
 from tests.helpers.nginx import Nginx, needs_nginx, nginx
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -501,6 +502,54 @@ def test_proxies_of_requests(socket_path: str) -> None:
 
 
 @needs_nginx
+def test_a_proxy_behind_tls(socket_path: str) -> None:
+    """For http it is asked as any proxy is, without a tunnel."""
+    with nginx() as web:
+        for manager in (
+            urllib3.ProxyManager(web.secure, ca_certs=web.certificate),
+            ProxyManager(web.secure, ca_certs=web.certificate, shared={"broker": socket_path}),
+        ):
+            replies = {manager.request("GET", "http://nowhere.invalid/echo?nonce=x", retries=False).data for _ in range(3)}
+            assert len(replies) == 1  # one connection
+            manager.clear()
+
+
+@pytest.mark.parametrize("proxy", ["", "http", "https"])
+@pytest.mark.parametrize("trouble", ["refuses", "is silent", "talks nonsense"])
+def test_what_keeps_a_connection_from_being_made_is_said_as_by_requests(socket_path: str, trouble: str, proxy: str) -> None:
+    """Refused, silent or no TLS there: the same exceptions as with requests' own adapter, also where it is the proxy that fails."""
+
+    def outcome(adapter: requests.adapters.HTTPAdapter, scheme: str, address: str) -> str:
+        with requests.Session() as session:
+            session.trust_env = False
+            session.mount(f"{scheme}://", adapter)
+            proxies = {scheme: f"{proxy}://{address}"} if proxy else {}
+            with pytest.raises(requests.RequestException) as raised:
+                session.get(f"{scheme}://{address}/", proxies=proxies, timeout=(0.2, 0.2)).raise_for_status()
+            return type(raised.value).__name__
+
+    with socket.socket() as listener, ExitStack() as ends:
+        listener.bind(("127.0.0.1", 0))
+        if trouble != "refuses":
+            listener.listen()
+        if trouble == "talks nonsense":
+            ends.callback(listener.shutdown, socket.SHUT_RDWR)
+            threading.Thread(target=talk_nonsense, args=(listener,), daemon=True).start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        for scheme in ("http", "https"):
+            theirs = outcome(requests.adapters.HTTPAdapter(), scheme, address)
+            assert (scheme, outcome(HTTPAdapter(shared={"broker": socket_path}), scheme, address)) == (scheme, theirs)
+
+
+def talk_nonsense(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1000)
+                sock.sendall(b"HTTP/1.1 400 What?\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
 def answered(client: Client, url: str) -> bool:
     try:
         return client.ask("GET", f"{url}/echo?nonce=x")[1].split()[1] == "x"
@@ -508,6 +557,7 @@ def answered(client: Client, url: str) -> bool:
         return False
 
 
+@needs_nginx
 def test_a_server_that_is_restarted(client: Client) -> None:
     """While it is down every request fails at once; soon afterwards all is well, with the same client."""
     with tempfile.TemporaryDirectory(prefix="mppool-nginx-") as directory:

@@ -125,6 +125,12 @@ def test_resident_sessions_need_not_move(talk: tuple[str, int]) -> None:
     assert {"dirt", "forked", "killed", "close"} <= set(report.kept)
 
 
+def test_a_promise_that_there_is_not_is_an_error(talk: tuple[str, int]) -> None:
+    """A misspelt name would try nothing, and find nothing broken."""
+    with pytest.raises(ValueError, match="moovs"):
+        check(TalkDriver(talk, "app", "secret"), "moves", "moovs")
+
+
 # The kit on drivers that are wrong: each breaks one promise (and perhaps others with it), and the report says which.
 
 
@@ -496,7 +502,7 @@ def test_a_driver_that_crashes_breaks_one_promise(talk: tuple[str, int]) -> None
             os._exit(3)
 
     with pytest.raises(BrokenDriver) as failure:
-        check(Crashing(talk, "app", "secret"), "ping", "dead_connection", "close")
+        check(Crashing(talk, "app", "secret"), "dead_connection", "close")
     assert [broken.name for broken in failure.value.report.broken] == ["dead_connection"]
     assert "crash" in failure.value.report.broken[0].seen
     assert failure.value.report.kept == ["close"]

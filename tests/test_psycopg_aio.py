@@ -278,3 +278,28 @@ def test_workers_of_both_kinds_share_the_cap(options: dict[str, Any], database: 
     print(f"\n{storm.requests} requests, {storm.kills} kills, {database.logins()} logins, peak {peak.most}")
     assert storm.failures == []
     assert peak.most <= 3
+
+
+def test_a_cancelled_check_gives_everything_back(options: dict[str, Any], run: Any) -> None:
+    """check() that is cancelled while it asks a connection keeps none of them; the one in question is closed."""
+
+    async def work() -> int:
+        asked, never = asyncio.Event(), asyncio.Event()
+
+        async def slow(conn: Any) -> None:
+            asked.set()
+            await never.wait()
+
+        async with AsyncConnectionPool(**{**options, "max_size": 2}) as pool:
+            async with pool.connection() as first, pool.connection() as second:
+                backends = {first.info.backend_pid, second.info.backend_pid}
+            pool.check_connection = slow  # type: ignore[method-assign]
+            checking = asyncio.ensure_future(pool.check())
+            await asked.wait()
+            checking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await checking
+            async with pool.connection(timeout=5) as first, pool.connection(timeout=5) as second:
+                return len(backends & {first.info.backend_pid, second.info.backend_pid})
+
+    assert run(work()) == 1

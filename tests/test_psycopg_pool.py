@@ -329,6 +329,22 @@ def test_check_of_the_whole_pool(make: Make, database: Database) -> None:
         assert pid_of(conn) in backends - {lost}
 
 
+def test_an_interrupted_check_gives_everything_back(make: Make) -> None:
+    """check() that ends by another exception than psycopg's (Ctrl-C, a time limit's) keeps no connection; the one in question is closed."""
+    pool = make(max_size=2)
+    with pool.connection() as first, pool.connection() as second:
+        backends = {pid_of(first), pid_of(second)}
+
+    def interrupted(conn: Any) -> None:
+        raise KeyboardInterrupt
+
+    pool.check_connection = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        pool.check()
+    with pool.connection(timeout=5) as first, pool.connection(timeout=5) as second:
+        assert len(backends & {pid_of(first), pid_of(second)}) == 1
+
+
 def test_min_size_is_there_after_open_and_wait(make: Make, database: Database) -> None:
     """open(wait=True) and wait() return when min_size connections are there; max_size=None means no more than these."""
     pool = make(min_size=2, max_size=None, open=False)

@@ -20,6 +20,7 @@ from mppool.drivers.redis import RedisDriver
 from mppool.integrations.redis import BlockingConnectionPool, ConnectionPool
 from mppool.states import Residence
 from mppool.testing import check_driver
+from mppool.testing.must import open_descriptors
 from tests.helpers.daemons import needs
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
 from tests.helpers.redis import PASSWORD, Server, redis_server_with_tls
@@ -654,3 +655,17 @@ def test_workers_share_a_few_connections_for_good(redis_: Server, make: Make) ->
     print(f"\npeak {peak.most}, connections {redis_.made() - made} for 3600 requests of 24 processes")
     assert peak.most <= cap
     assert redis_.made() - made <= cap + 1
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_a_login_that_is_interrupted_leaves_no_connection_open(redis_: Server, interruption: type[BaseException]) -> None:
+    """Also while the exception, and with it redis-py's object, is still at hand: its permit goes back at once."""
+
+    def login(connection: Any) -> None:
+        raise interruption
+
+    before = open_descriptors()
+    with pytest.raises(interruption) as raised:
+        RedisDriver(port=redis_.port, redis_connect_func=login).dial()
+    assert open_descriptors() == before
+    assert raised.tb is not None

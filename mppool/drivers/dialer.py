@@ -5,10 +5,10 @@ from __future__ import annotations
 import _socket
 import os
 import socket
-import weakref
 from collections import deque
 from functools import partial
 from typing import Any, TypeVar, overload
+from weakref import WeakSet
 
 from mppool.errors import DialFailed
 from mppool.options import Target
@@ -31,10 +31,13 @@ class Dialer:
     def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
         self.target = target
         self.connect_timeout = connect_timeout
-        self._dialed: list[weakref.ref[socket.socket]] = []
+        self._dialed: WeakSet[socket.socket] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_dialed": []}  # for a spawned process, which has none of our connections
+        return {name: value for name, value in vars(self).items() if name != "_dialed"}  # for a spawned process, which has none of our connections
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _dialed=WeakSet())
 
     def dial(self) -> socket.socket:
         """A connected socket whose timeout is FOREVER. Raises DialFailed; permanent if the host name does not exist."""
@@ -60,11 +63,12 @@ class Dialer:
         return sock
 
     def forked(self) -> bool:
-        """In a forked child: close what other threads of the parent were opening, without a word."""
-        for reference in self._dialed:
-            sock = reference()
-            if sock is not None:
-                abandon(sock)
+        """In a forked child: close what other threads of the parent were opening, without a word.
+
+        Not those over TLS, whose sockets are others: a driver that makes such connections answers False.
+        """
+        for sock in self._dialed:
+            abandon(sock)
         return True
 
     def _connect(self, host: str, port: int) -> socket.socket:
@@ -89,7 +93,7 @@ class Dialer:
         return sock
 
     def remember(self, sock: socket.socket) -> None:
-        self._dialed = [*(reference for reference in self._dialed if reference() is not None), weakref.ref(sock)]
+        self._dialed.add(sock)
 
 
 def prepare(sock: socket.socket) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import httpcore
@@ -17,9 +19,34 @@ from mppool.errors import DialFailed
 from mppool.options import Target
 from mppool.states import Residence
 
-__all__ = ["AsyncHttpcoreDriver", "HttpcoreDriver"]
+__all__ = ["AsyncHttpcoreDriver", "HttpcoreDriver", "connect_within"]
 
 T = TypeVar("T")
+
+connect_within: ContextVar[float] = ContextVar("mppool_connect_within", default=math.inf)
+"""Seconds that this thread's, or this task's, request gives a new connection; the driver's ``connect_timeout`` holds if that is less."""
+
+
+class _Hurried:
+    """Mixed into a dialer."""
+
+    _connect_timeout: float
+
+    @property
+    def connect_timeout(self) -> float:
+        return min(self._connect_timeout, connect_within.get())
+
+    @connect_timeout.setter
+    def connect_timeout(self, seconds: float) -> None:
+        self._connect_timeout = seconds
+
+
+class _Dialer(_Hurried, Dialer):
+    pass
+
+
+class _AsyncDialer(_Hurried, AsyncDialer):
+    pass
 
 
 class Stream(httpcore.NetworkStream):
@@ -159,7 +186,7 @@ class HttpcoreDriver(DriverBase):
     def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0, ssl_context: ssl.SSLContext | None = None) -> None:
         self.origin = origin
         self.ssl_context = ssl_context
-        self.dialer = Dialer(target_of(origin), connect_timeout)
+        self.dialer = _Dialer(target_of(origin), connect_timeout)
 
     def key(self) -> str:
         return f"http/1 {self.origin}"[:255]
@@ -173,11 +200,14 @@ class HttpcoreDriver(DriverBase):
         if self.ssl_context is not None:
             try:
                 sock.settimeout(self.dialer.connect_timeout)
-                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.dialer.target.host)
+                sock = self.ssl_context.wrap_socket(sock, server_hostname=self.dialer.target.host, do_handshake_on_connect=False)
+                sock.do_handshake()
                 sock.settimeout(FOREVER)
-            except OSError as error:
+            except BaseException as error:
                 sock.close()
-                raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+                if isinstance(error, OSError):
+                    raise DialFailed(f"{self.origin}: {error}", permanent=True) from error
+                raise
         return self._session(sock)
 
     def _session(self, sock: socket.socket) -> Session:
@@ -207,7 +237,7 @@ class HttpcoreDriver(DriverBase):
         abandon(session.stream.sock)
 
     def forked(self) -> bool:
-        return self.dialer.forked()
+        return self.dialer.forked() and self.ssl_context is None
 
 
 class AsyncHttpcoreDriver(AsyncDriverBase):
@@ -218,7 +248,7 @@ class AsyncHttpcoreDriver(AsyncDriverBase):
     def __init__(self, origin: httpcore.Origin, connect_timeout: float = 10.0, ssl_context: ssl.SSLContext | None = None) -> None:
         self.origin = origin
         self.ssl_context = ssl_context
-        self.dialer = AsyncDialer(target_of(origin), connect_timeout)
+        self.dialer = _AsyncDialer(target_of(origin), connect_timeout)
 
     def key(self) -> str:
         return f"http/1 {self.origin}"[:255]

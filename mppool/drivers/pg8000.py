@@ -238,7 +238,7 @@ class Pg8000Driver(DriverBase):
             abandon(sock)
 
     def forked(self) -> bool:
-        return self.dialer.forked()
+        return self.dialer.forked() and self.options.get("ssl_context") is False
 
 
 def said_by(error: Exception) -> str:

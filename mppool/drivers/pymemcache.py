@@ -70,7 +70,6 @@ class PymemcacheDriver(DriverBase):
             if client.tls_context is not None and self.target.kind == "tcp":
                 client.sock.settimeout(self.dialer.connect_timeout)
                 client.sock = client.tls_context.wrap_socket(client.sock, server_hostname=self.target.host)
-                self.dialer.remember(client.sock)
             client.sock.settimeout(self.timeout)
         except BaseException as error:
             client.close()
@@ -118,7 +117,7 @@ class PymemcacheDriver(DriverBase):
             abandon(sock)
 
     def forked(self) -> bool:
-        return self.dialer.forked()
+        return self.dialer.forked() and self.arguments.get("tls_context") is None
 
 
 @functools.cache

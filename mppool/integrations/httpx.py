@@ -1,19 +1,20 @@
 """httpx: transports whose connections all worker processes of the host share.
 
-import httpx
-from mppool.integrations.httpx import HTTPTransport
+    import httpx
+    from mppool.integrations.httpx import HTTPTransport
 
-client = httpx.Client(transport=HTTPTransport(max_connections=8))
+    client = httpx.Client(transport=HTTPTransport(max_connections=8))
+
+At most eight connections to each origin are open, of all workers together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
+import math
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -24,8 +25,9 @@ except ImportError as error:
     raise ImportError("mppool needs httpx for this: pip install 'mppool[httpx]'") from error
 
 from mppool.aio import AsyncPool
-from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session
-from mppool.errors import DialFailed, PoolTimeout, TooManyWaiting
+from mppool.drivers.httpcore import AsyncHttpcoreDriver, HttpcoreDriver, Session, connect_within
+from mppool.errors import DialFailed, Error, PoolTimeout, TooManyWaiting
+from mppool.integrations.names import digest, readable
 from mppool.pool import Pool
 
 __all__ = ["AsyncHTTPTransport", "HTTPTransport"]
@@ -73,7 +75,7 @@ class _Transport:
         pool = self._pools.get(str(origin))
         if pool is None:
             context = self._context if url.scheme == "https" else None
-            made = self._make(origin, context, **{"name": name_of(origin, trust_of(context) if context else ""), **self._options})
+            made = self._make(origin, context, **{"name": readable(str(origin), digest(str(origin), trust_of(context) if context else "")), **self._options})
             pool = self._pools.setdefault(str(origin), made)  # if another thread was faster, ours is forgotten: it has done nothing yet
         return pool
 
@@ -85,16 +87,11 @@ class _Transport:
         raise NotImplementedError
 
 
-def name_of(origin: httpcore.Origin, trust: str) -> str:
-    digest = hashlib.blake2b(f"{origin} {trust}".encode(), digest_size=4).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', str(origin))[:50].strip('-')}-{digest}"
-
-
 def trust_of(context: ssl.SSLContext) -> str:
     """What it demands of a server, the same in every process: a worker that nobody can please is no trouble to others."""
     authorities = sorted(context.get_ca_certs(binary_form=True))
     demands = (context.verify_mode, context.check_hostname, context.minimum_version, context.maximum_version, authorities)
-    return hashlib.blake2b(repr(demands).encode(), digest_size=8).hexdigest()
+    return digest(*demands)
 
 
 def as_httpcore(request: httpx.Request) -> httpcore.Request:
@@ -103,18 +100,32 @@ def as_httpcore(request: httpx.Request) -> httpcore.Request:
     return httpcore.Request(request.method, target, headers=request.headers.raw, content=request.stream, extensions=request.extensions)
 
 
-def patience(request: httpx.Request) -> float | None:
-    """Seconds to wait for a connection; None: the pool's own timeout."""
-    waits = request.extensions.get("timeout", {}).get("pool")
-    return float(waits) if waits is not None else None
+@contextmanager
+def patience(request: httpx.Request) -> Iterator[float | None]:
+    """While a connection is looked for: how many seconds the request waits for a free one (None: as the pool's ``timeout`` says), and for a new one."""
+    timeout = request.extensions.get("timeout", {})
+    pool, connect = timeout.get("pool"), timeout.get("connect")
+    token = connect_within.set(math.inf if connect is None else float(connect))
+    try:
+        yield None if pool is None else float(pool)
+    finally:
+        connect_within.reset(token)
 
 
 class HTTPTransport(_Transport, httpx.BaseTransport):
-    """A transport over pools of all worker processes; ``max_connections`` (default 10) is the strict cap for each origin of all workers together.
+    """In the place of ``httpx.HTTPTransport``. There is one pool for each origin (scheme, host and port), which all worker processes share.
 
-    HTTP/1.1. For https connections stay with the process that made them (``verify`` as httpx's: True, False or an SSLContext), capped likewise.
-    Further options are those of ``mppool.Pool``. A response that is closed before it was read to its end costs its connection.
-    What a client mounts beside it has connections of its own: ``httpx.Client(proxy=...)`` goes past it, and a proxy of the environment is not asked.
+    ``max_connections`` (default 10) is the strict cap for each origin, of all workers together. ``verify`` is httpx's: True, False or an SSLContext.
+    ``connect_timeout`` in seconds (default 5): a request's own holds if it is shorter. Further options are those of ``mppool.Pool``.
+
+    What differs from ``httpx.HTTPTransport``:
+
+    - HTTP/1.1 only; there is no ``http2``, ``retries``, ``cert``, ``uds``, ``local_address``, ``socket_options`` or ``limits``.
+    - https connections are resident: they stay with the process that made them. They count in the same cap.
+    - A request waits for a free connection for as long as httpx's ``pool`` timeout says, and then gets httpx.PoolTimeout.
+    - A connection is closed if its response is closed before it was read to its end.
+    - Proxies are not used: the environment's are ignored, and ``httpx.Client(proxy=...)`` makes connections outside of the pool.
+    - ``close()`` lets this process go; connections that other processes may use stay open.
     """
 
     def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> Pool:
@@ -123,7 +134,8 @@ class HTTPTransport(_Transport, httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         pool: Pool = self._pool(request)
         with understood():
-            session: Session = pool.getconn(patience(request))
+            with patience(request) as seconds:
+                session: Session = pool.getconn(seconds)
             try:
                 response = session.connection.handle_request(as_httpcore(request))
             except BaseException:
@@ -157,11 +169,12 @@ class Body(httpx.SyncByteStream):
             try:
                 self.stream.close()
             finally:
-                self.pool.putconn(session)
+                with suppress(Error):  # forked in the middle of the response: it is the parent's
+                    self.pool.putconn(session)
 
 
 class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
-    """As HTTPTransport, for asyncio."""
+    """In the place of ``httpx.AsyncHTTPTransport``: as HTTPTransport, for asyncio."""
 
     def _make(self, origin: httpcore.Origin, context: ssl.SSLContext | None, **options: Any) -> AsyncPool:
         return AsyncPool(driver=AsyncHttpcoreDriver(origin, self._connect_timeout, context), **options)
@@ -169,7 +182,8 @@ class AsyncHTTPTransport(_Transport, httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         pool: AsyncPool = self._pool(request)
         with understood():
-            session: Session = await pool.getconn(patience(request))
+            with patience(request) as seconds:
+                session: Session = await pool.getconn(seconds)
             try:
                 response = await session.connection.handle_async_request(as_httpcore(request))
             except BaseException:
@@ -204,4 +218,5 @@ class AsyncBody(httpx.AsyncByteStream):
             try:
                 await self.stream.aclose()
             finally:
-                await self.pool.putconn(session)
+                with suppress(Error):
+                    await self.pool.putconn(session)

@@ -1,15 +1,16 @@
 """A pool for PyMySQL, which has none of its own: psycopg_pool's names, ``pymysql.connect``'s arguments, one cap for all workers.
 
-pool = ConnectionPool(max_size=8, host="db", user="app", password="...", database="shop", ssl_disabled=True)
+    pool = ConnectionPool(max_size=8, host="db", user="app", password="...", database="shop", ssl_disabled=True)
 
-with pool.connection() as conn, conn.cursor() as cursor:
-    cursor.execute("select ...")
+    with pool.connection() as conn, conn.cursor() as cursor:
+        cursor.execute("select ...")
+
+Without ``ssl_disabled`` PyMySQL uses TLS where the server offers it, and TLS connections stay with the process that made them.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,8 @@ except ImportError as error:
 
 from mppool import errors
 from mppool.drivers.pymysql import PyMySQLDriver
-from mppool.options import Options, default_name
+from mppool.integrations.names import digest, readable
+from mppool.options import Options
 from mppool.pool import Lease, Pool
 
 __all__ = ["ConnectFailed", "Connection", "ConnectionPool", "PoolTimeout"]
@@ -47,7 +49,7 @@ class ConnectionPool(Pool):
     """A ``mppool.Pool`` that lends ``pymysql.Connection`` objects.
 
     Takes the options of ``mppool.Pool``, ``on_transfer`` (see ``mppool.drivers.pymysql.PyMySQLDriver``) and the arguments of
-    ``pymysql.connect``. ``name`` defaults to server, login and options: workers that say the same share a pool.
+    ``pymysql.connect``. The default for ``name`` is made from server, login and options: workers that give the same ones share a pool.
 
     What a ``configure`` hook sets in a session is dropped when it is reset; ``init_command`` is done again.
     """
@@ -57,8 +59,7 @@ class ConnectionPool(Pool):
         options = {name: arguments.pop(name) for name in OURS & set(arguments)}
         driver = PyMySQLDriver(on_transfer=on_transfer, **arguments)
         if options.get("name") is None:
-            digest = hashlib.blake2b(driver.key().encode(), digest_size=4).hexdigest()
-            options["name"] = f"mysql@{default_name(driver.target)}"[:54] + f"-{digest}"
+            options["name"] = readable(f"mysql@{driver.target.host}", digest(driver.key()))
         super().__init__(str(driver.target), driver=driver, max_size=max_size, **options)
 
     def __reduce__(self) -> tuple[Callable[[], ConnectionPool], tuple[()]]:
@@ -69,9 +70,8 @@ class ConnectionPool(Pool):
         try:
             return super().getconn(timeout)
         except errors.DialFailed as error:
-            code, message = (
-                error.__cause__.args if isinstance(error.__cause__, err.MySQLError) and len(error.__cause__.args) == 2 else (CR_CONN_HOST_ERROR, str(error))
-            )
+            cause = error.__cause__
+            code, message = cause.args if isinstance(cause, err.MySQLError) and len(cause.args) == 2 else (CR_CONN_HOST_ERROR, str(error))
             raise ConnectFailed(code, message, permanent=error.permanent) from error
         except errors.PoolTimeout as error:
             raise PoolTimeout(str(error)) from error.__cause__

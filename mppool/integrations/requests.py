@@ -1,10 +1,12 @@
 """requests: an ``HTTPAdapter`` whose connections all worker processes of the host share.
 
-import requests
-from mppool.integrations.requests import HTTPAdapter
+    import requests
+    from mppool.integrations.requests import HTTPAdapter
 
-session = requests.Session()
-session.mount("http://", HTTPAdapter(pool_maxsize=8))
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(pool_maxsize=8))
+
+At most eight connections to each origin are open, of all workers together.
 """
 
 from __future__ import annotations
@@ -24,11 +26,18 @@ __all__ = ["HTTPAdapter"]
 
 
 class HTTPAdapter(requests.adapters.HTTPAdapter):
-    """``requests.adapters.HTTPAdapter``; ``pool_maxsize`` (default 10) is the cap for each origin of all workers together.
+    """In the place of ``requests.adapters.HTTPAdapter``. There is one pool for each origin (scheme, host and port), which all worker processes share.
 
-    Without ``pool_block`` a request waits for a connection for 30 s at most, then requests.exceptions.ConnectionError is raised.
-    ``shared`` are options of ``mppool.Pool``: ``{"broker": path, "autostart": True, "max_idle": 60}``. Closing the session lets this process go.
-    Mounted for ``https://`` it makes connections that stay with their process, in the same cap. Those through a SOCKS proxy are requests' own, outside of it.
+    ``pool_maxsize`` (default 10) is the strict cap for each origin, of all workers together. ``shared`` are options of ``mppool.Pool``:
+    ``{"broker": path, "autostart": True, "max_idle": 60}``.
+
+    What differs from requests' own:
+
+    - There are no connections beyond ``pool_maxsize``. A request that finds none free waits, also without ``pool_block``: then for at most 30 s, after
+      which requests.exceptions.ConnectionError is raised.
+    - Mounted for ``https://`` it makes resident connections: they stay with the process that made them. They count in the same cap.
+    - Connections through a SOCKS proxy are requests' own, outside of the cap.
+    - Closing the session lets this process go; connections that other processes may use stay open.
     """
 
     def __init__(self, *args: Any, shared: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -1,17 +1,19 @@
 """urllib3: a ``PoolManager`` whose connections all worker processes of the host share.
 
-from mppool.integrations.urllib3 import PoolManager
+    from mppool.integrations.urllib3 import PoolManager
 
-http = PoolManager(maxsize=8)
-http.request("GET", "http://service.local/items")
+    http = PoolManager(maxsize=8)
+    http.request("GET", "http://service.local/items")
+
+At most eight connections to each origin are open, of all workers together.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
+import ssl
 import threading
 from functools import partial
+from http.client import HTTPException
 from typing import Any
 
 try:
@@ -19,12 +21,16 @@ try:
 except ImportError as error:
     raise ImportError("mppool needs urllib3 2 for this: pip install 'mppool[urllib3]'") from error
 
-from urllib3.exceptions import ClosedPoolError, EmptyPoolError, NewConnectionError
-from urllib3.util import Timeout
+from urllib3.connection import _wrap_proxy_error
+from urllib3.exceptions import ClosedPoolError, EmptyPoolError, HTTPError, NewConnectionError, SSLError
+from urllib3.util import Timeout, parse_url
+from urllib3.util.proxy import connection_requires_http_tunnel
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from mppool.drivers.dialer import FOREVER
 from mppool.drivers.http1 import HTTPDriver
 from mppool.errors import DialFailed, Error, PoolClosed, PoolTimeout, TooManyWaiting
+from mppool.integrations.names import digest, readable
 from mppool.pool import Pool
 
 __all__ = ["HTTPConnectionPool", "HTTPSConnectionPool", "PoolManager", "ProxyManager"]
@@ -70,11 +76,14 @@ class _Shared:
     port: int | None
     scheme: Any
     proxy: Any
+    proxy_config: Any
     conn_kw: dict[str, Any]
     block: bool
     timeout: Timeout
     ConnectionCls: Any
     _new_conn: Any
+    _prepare_proxy: Any
+    _raise_timeout: Any
 
     def __init__(self, host: str, port: int | None = None, *args: Any, shared: dict[str, Any] | None = None, maxsize: int = 10, **kwargs: Any) -> None:
         self._begun = threading.local()
@@ -82,21 +91,33 @@ class _Shared:
         origin = f"{self.scheme}://{self.host}:{self.port or ''}"
         if self.proxy is not None:
             origin = f"{origin} via {self.proxy}"
-        digest = hashlib.blake2b(repr((origin, identity(self))).encode(), digest_size=4).hexdigest()
-        options: dict[str, Any] = {"name": f"{re.sub(r'[^A-Za-z0-9._@-]+', '-', f'{self.scheme}-{self.host}-{self.port}')[:50]}-{digest}", **(shared or {})}
+        name = readable(f"{self.scheme}-{self.host}-{self.port}", digest(origin, identity(self)))
+        options: dict[str, Any] = {"name": name, **(shared or {})}
         driver = HTTPDriver(origin, self._new_conn, self._connect)
         self._shared = Pool(driver=driver, max_size=maxsize, reconnect_timeout=0.0, **options)
 
-    def _connect(self, conn: Any) -> None:
-        conn.timeout = getattr(self._begun, "connect_timeout", None) or Timeout.resolve_default_timeout(self.timeout.connect_timeout)
-        if self.proxy is not None and self.scheme == "https":
-            self._prepare_proxy(conn)
-        else:
-            conn.connect()
+    def urlopen(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
+        """As urllib3's."""
+        self._begun.tunnels = connection_requires_http_tunnel(self.proxy, self.proxy_config, parse_url(url).scheme)  # this thread's request, should it dial
+        return super().urlopen(method, url, *args, **kwargs)  # type: ignore[misc]
 
-    def _prepare_proxy(self, conn: Any) -> None:
-        if conn.is_closed:
-            super()._prepare_proxy(conn)  # type: ignore[misc]
+    def _connect(self, conn: Any) -> None:
+        """Connect it, and raise what urllib3 would: it connects later, with a request, and names a proxy's failure as such."""
+        conn.timeout = getattr(self._begun, "connect_timeout", None) or Timeout.resolve_default_timeout(self.timeout.connect_timeout)
+        try:
+            try:
+                if getattr(self._begun, "tunnels", self.proxy is not None and self.scheme == "https"):
+                    self._prepare_proxy(conn)
+                else:
+                    conn.connect()
+            except OSError as error:
+                self._raise_timeout(err=error, url=self.host, timeout_value=conn.timeout)
+                raise
+        except (OSError, HTTPException, HTTPError, CertificateError) as error:
+            if conn.proxy is None or conn.has_connected_to_proxy:
+                raise
+            said = SSLError(error) if isinstance(error, (ssl.SSLError, CertificateError)) else error
+            raise _wrap_proxy_error(said, conn.proxy.scheme) from said
 
     def _get_timeout(self, timeout: Any) -> Timeout:
         found: Timeout = super()._get_timeout(timeout)  # type: ignore[misc]
@@ -114,9 +135,14 @@ class _Shared:
         except (PoolTimeout, TooManyWaiting) as error:
             raise EmptyPoolError(self, str(error)) from error  # type: ignore[arg-type]
         except DialFailed as error:
-            raise (error.__cause__ or NewConnectionError(self._new_conn(), str(error))) from None  # the last dial of this one, or somebody's
+            raise (error.__cause__ or self._failed_elsewhere(error)) from None
         conn.lender = self._shared
         return conn
+
+    def _failed_elsewhere(self, error: DialFailed) -> Exception:
+        """What to raise if it was another process that could not connect, a moment ago."""
+        said = NewConnectionError(self._new_conn(), str(error))
+        return said if self.proxy is None else _wrap_proxy_error(said, self.proxy.scheme)
 
     def _put_conn(self, conn: Any) -> None:
         if conn is None or conn.lender is None:
@@ -172,8 +198,19 @@ class _Manager:
 
 
 class PoolManager(_Manager, urllib3.PoolManager):
-    """``urllib3.PoolManager``; ``maxsize`` (default 10) is the cap for each origin of all workers together, ``shared`` are options of ``mppool.Pool``."""
+    """In the place of ``urllib3.PoolManager``. There is one pool for each origin (scheme, host and port), which all worker processes share.
+
+    ``maxsize`` (default 10; urllib3's is 1) is the strict cap for each origin, of all workers together. ``shared`` are options of ``mppool.Pool``:
+    ``{"broker": path, "autostart": True, "max_idle": 60}``.
+
+    What differs from urllib3's:
+
+    - There are no connections beyond ``maxsize``. A request that finds none free waits, also without ``block``: then for at most 30 s, after which
+      EmptyPoolError is raised.
+    - https connections are resident: they stay with the process that made them. They count in the same cap.
+    - ``clear()`` lets this process go; connections that other processes may use stay open.
+    """
 
 
 class ProxyManager(_Manager, urllib3.ProxyManager):
-    """``urllib3.ProxyManager``, likewise. Connections to the proxy are shared for http; tunnels for https stay with their process."""
+    """In the place of ``urllib3.ProxyManager``; see PoolManager. Connections to the proxy are shared for http; tunnels for https are resident."""

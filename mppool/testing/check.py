@@ -41,8 +41,11 @@ def check_driver(
     For an AsyncDriverBase all of these may be coroutine functions. ``timeout`` in seconds, for each promise; ``only``: names of promises.
 
     Raises BrokenDriver, an AssertionError, that names every promise which is not kept, with what was seen and what to do. Nothing
-    is left running in either case.
+    is left running in either case. Raises ValueError if there is no promise of a name in ``only``.
     """
+    unknown = set(only) - {promise.name for promise in PROMISES}
+    if unknown:
+        raise ValueError(f"only={only!r}: there are no promises {', '.join(sorted(unknown))}")
     ways = dict(dirty) if isinstance(dirty, Mapping) else {getattr(leave, "__name__", f"way {n}"): leave for n, leave in enumerate(dirty, 1)}
     report = Report(f"{type(driver).__name__} ({driver.name})")
     kit = Kit(driver, identity, ask, look, ways, secrets, unreachable, moves, "", timeout)

@@ -256,7 +256,7 @@ class PyMySQLDriver(DriverBase):
         session.let_go()
 
     def forked(self) -> bool:
-        return self.dialer.forked()
+        return self.dialer.forked() and not self._model().ssl
 
 
 def text(value: str | bytes | None) -> str:

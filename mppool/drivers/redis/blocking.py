@@ -34,8 +34,11 @@ class RedisDriver(Sessions, DriverBase):
         session = self._make()
         try:
             session.connect()
-        except redis.RedisError as error:
-            raise self.failed(error) from error
+        except BaseException as error:
+            self.abort(session)
+            if isinstance(error, redis.RedisError):
+                raise self.failed(error) from error
+            raise
         session.settled(session._sock)
         return session
 

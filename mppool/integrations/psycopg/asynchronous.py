@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack
 from inspect import isawaitable
 from types import TracebackType
 from typing import Any
@@ -66,21 +67,28 @@ class AsyncConnectionPool(Shared):
 
     async def check(self) -> None:
         """Ask each idle connection if it still works; those that do not are closed."""
-        lent: list[Any] = []
-        try:
-            for _ in range(self._pool.get_stats()["idle"]):
-                lent.append(await self._pool.getconn(timeout=0))  # noqa: PERF401 (what was lent before a failure is returned)
-        except errors.PoolTimeout:
-            pass  # others were faster
-        finally:
-            for conn in lent:
+        broken: list[Any] = []
+
+        async def give_back(conn: Any) -> None:
+            await self._pool.putconn(conn, discard=conn in broken)
+
+        async with AsyncExitStack() as lent:
+            conns = []
+            try:
+                for _ in range(self._pool.get_stats()["idle"]):
+                    conn = await self._pool.getconn(timeout=0)
+                    lent.push_async_callback(give_back, conn)
+                    conns.append(conn)
+            except errors.PoolTimeout:
+                pass  # others were faster
+            for conn in conns:
                 try:
                     await self.check_connection(conn)
-                except psycopg.Error as error:
+                except BaseException as error:
+                    broken.append(conn)
+                    if not isinstance(error, psycopg.Error):
+                        raise
                     log.warning("connection %s is lost: %s", conn, error)
-                    await self._pool.putconn(conn, discard=True)
-                else:
-                    await self._pool.putconn(conn)
 
     @staticmethod
     async def check_connection(conn: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -86,21 +87,28 @@ class ConnectionPool(Shared):
 
     def check(self) -> None:
         """Ask each idle connection if it still works; those that do not are closed."""
-        lent: list[Any] = []
-        try:
-            for _ in range(self._pool.get_stats()["idle"]):
-                lent.append(self._pool.getconn(timeout=0))  # noqa: PERF401 (what was lent before a failure is returned)
-        except errors.PoolTimeout:
-            pass  # others were faster
-        finally:
-            for conn in lent:
+        broken: list[Any] = []
+
+        def give_back(conn: Any) -> None:
+            self._pool.putconn(conn, discard=conn in broken)
+
+        with ExitStack() as lent:
+            conns = []
+            try:
+                for _ in range(self._pool.get_stats()["idle"]):
+                    conn = self._pool.getconn(timeout=0)
+                    lent.callback(give_back, conn)
+                    conns.append(conn)
+            except errors.PoolTimeout:
+                pass  # others were faster
+            for conn in conns:
                 try:
                     self.check_connection(conn)
-                except psycopg.Error as error:
+                except BaseException as error:
+                    broken.append(conn)
+                    if not isinstance(error, psycopg.Error):
+                        raise
                     log.warning("connection %s is lost: %s", conn, error)
-                    self._pool.putconn(conn, discard=True)
-                else:
-                    self._pool.putconn(conn)
 
     @staticmethod
     def check_connection(conn: Any) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from mppool import errors
 from mppool.drivers.psycopg import AsyncPsycopgDriver, PsycopgDriver
+from mppool.integrations.names import digest, readable
 
 try:
     import psycopg_pool  # its exceptions are what its users catch
@@ -50,17 +49,11 @@ class ConnectFailed(errors.DialFailed, psycopg.OperationalError):
 
 
 def translated(error: errors.Error) -> errors.Error:
-    """What psycopg_pool's users expect, with the same words and cause."""
+    """What psycopg_pool's users expect, in the same words; to be raised ``from`` the same cause."""
     for ours, theirs in ((errors.PoolTimeout, PoolTimeout), (errors.PoolClosed, PoolClosed), (errors.TooManyWaiting, TooManyRequests)):
         if isinstance(error, ours):
-            raised: errors.Error = theirs(str(error))
-            break
-    else:
-        if not isinstance(error, errors.DialFailed):
-            return error
-        raised = ConnectFailed(str(error), permanent=error.permanent)
-    raised.__cause__ = error.__cause__
-    return raised
+            return theirs(str(error))
+    return ConnectFailed(str(error), permanent=error.permanent) if isinstance(error, errors.DialFailed) else error
 
 
 class Hook:
@@ -234,5 +227,4 @@ def name_of(driver: PsycopgDriver | AsyncPsycopgDriver) -> str:
     """A name that says where the pool leads, and is another one for each other server, login or option."""
     parameters = driver.parameters()
     said = f"{parameters.get('dbname') or parameters.get('user') or 'postgres'}@{parameters.get('host') or 'local'}"
-    readable = re.sub(r"[^A-Za-z0-9._@-]+", "-", said)[:40].strip("-.@_") or "postgres"
-    return f"{readable}-{hashlib.blake2b(driver.key().encode(), digest_size=4).hexdigest()}"
+    return readable(said, digest(driver.key()))

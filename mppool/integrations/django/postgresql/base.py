@@ -67,7 +67,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
     connection: Any
     creation_class = DatabaseCreation
     pool = None  # Django's own; ours is _shared
-    _pools: ClassVar[dict[str, Pool]] = {}  # of this process, by name
+    _pools: ClassVar[dict[tuple[str, str], Pool]] = {}  # of this process, by name and what the driver says of its sessions
     _known: tuple[dict[str, Any], Pool] | None = None  # parameters, and the pool for them
     _lender: Pool | None = None  # of the connection there is
 
@@ -118,7 +118,6 @@ class DatabaseWrapper(base.DatabaseWrapper):
         until = time.monotonic() + 5
         while pool.get_stats()["idle"] and time.monotonic() < until:
             time.sleep(0.01)
-        self._pools.pop(pool.name, None)
         pool.close()
 
     def ensure_timezone(self) -> bool:
@@ -139,12 +138,13 @@ class DatabaseWrapper(base.DatabaseWrapper):
         on_transfer = given.pop("on_transfer", "reset")
         driver = SharedDriver(kwargs={**params, "autocommit": True}, on_transfer=on_transfer)
         name = given.pop("name", None) or readable(f"{params.get('dbname', '')}@{params.get('host', '')}", digest(driver.key()))
-        pool = self._pools.get(name)
+        key = name, driver.key()  # of another database or login it is ConfigMismatch that is wanted, not the other's pool
+        pool = self._pools.get(key)
         if pool is None or pool.closed:
-            self._pools.pop(name, None)
+            self._pools.pop(key, None)
             if self.settings_dict.get("CONN_HEALTH_CHECKS"):
                 given.setdefault("check", driver.ping)
-            pool = self._pools.setdefault(name, Pool(driver=driver, name=name, **{"reconnect_timeout": 0, **given}))
+            pool = self._pools.setdefault(key, Pool(driver=driver, name=name, **{"reconnect_timeout": 0, **given}))
         return pool
 
     def _pool_options(self) -> dict[str, Any]:

@@ -10,6 +10,17 @@ __all__ = ["DatabaseCreation"]
 
 
 class DatabaseCreation(creation.DatabaseCreation):
+    """A pool's name in OPTIONS is for the real database: each test database, and each copy of it, has a pool by a name of its own."""
+
+    def create_test_db(self, *args: Any, **kwargs: Any) -> Any:
+        self.connection.settings_dict["OPTIONS"] = unnamed(self.connection.settings_dict["OPTIONS"])
+        return super().create_test_db(*args, **kwargs)
+
+    def get_test_db_clone_settings(self, suffix: str) -> dict[str, Any]:
+        """What a process of a parallel run takes over; one that was spawned has read the settings anew."""
+        settings: dict[str, Any] = super().get_test_db_clone_settings(suffix)
+        return {**settings, "OPTIONS": unnamed(settings["OPTIONS"])}
+
     def _clone_test_db(self, suffix: str, verbosity: int, keepdb: bool = False) -> None:
         self.connection.close()
         self.connection.close_pool()
@@ -25,3 +36,8 @@ class DatabaseCreation(creation.DatabaseCreation):
         finally:
             settings["NAME"] = name
         super()._destroy_test_db(test_database_name, verbosity)
+
+
+def unnamed(options: dict[str, Any]) -> dict[str, Any]:
+    pool = options.get("pool")
+    return {**options, "name": None, **({"pool": {**pool, "name": None}} if isinstance(pool, dict) else {})}
