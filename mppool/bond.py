@@ -29,35 +29,43 @@ log = logging.getLogger("mppool.broker")
 ANSWER = 1.0  # seconds we wait at our end for what the keeper still lacks
 SILENT = 3.0  # seconds without any answer after which it is given up
 START = 5.0  # seconds a new one may take to start
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds before another is started where one did not come, doubled: without one no new session can move
 
 Key = tuple[str, int, int]  # pool, slot, generation
 
 
 class Bond:
-    """``desks`` are the broker's; ``watch`` and ``unwatch`` are its loop's; ``guarded`` is how it lets a desk look at its table, which may be damaged."""
+    """``desks`` are the broker's, and so are ``busy``, its pools that it cannot adopt yet; ``watch`` and ``unwatch`` are its loop's.
+
+    ``guarded`` is how it lets a desk look at its table, which may be damaged.
+    """
 
     def __init__(
         self,
         path: str,
         desks: dict[str, Desk],
+        busy: set[str],
         watch: Callable[[int, Callable[[], object]], None],
         unwatch: Callable[[int], None],
         guarded: Callable[[Desk, Callable[[], object]], object],
     ) -> None:
         self.path = keeper_path(path)
         self.desks = desks
+        self.busy = busy
         self.watch = watch
         self.unwatch = unwatch
         self.guarded = guarded
         self.link: socket.socket | None = None
         self.starting: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
-        self.retry_at = 0.0
+        self.retry_at, self.retry_pause = 0.0, FIRST_PAUSE
         self.held: set[Key] = set()
         self.lacking: list[tuple[Desk, int, Duplicate]] = []  # to be put
+        self.later: list[tuple[Message, socket.socket]] = []  # sessions of busy pools
         self.undropped: list[bytes] = []
         self.unanswered = 0
         self.answered_at = 0.0
+        self.blocked_at = 0.0  # since when there has been no room for what we have to say; 0: there is
 
     # A keeper to talk to.
 
@@ -72,11 +80,13 @@ class Bond:
             log.error("no keeper: it does not start")
             self.starting.kill()
             self.end_start()
-        if self.unanswered and now - self.answered_at > SILENT:
+            self.try_later()
+        if (self.unanswered and now - self.answered_at > SILENT) or (self.blocked_at and now - self.blocked_at > SILENT):
             self.lose()
             self.begin()  # in its place: this one may be stopped
         if self.link is None and self.starting is None and now >= self.retry_at:
             self.take()
+        self.put_lacking()  # also if there was no room for what it does not answer
 
     def reach(self) -> bool:
         """Link to the keeper and take over all that it holds. False: there is none that answers."""
@@ -85,6 +95,7 @@ class Bond:
         except (OSError, BrokerUnavailable):
             return False
         self.held.clear()
+        self.undropped.clear()
         try:
             self.take_over(sock)
         except (OSError, ProtocolError) as error:
@@ -93,7 +104,6 @@ class Bond:
             return False
         self.link = sock
         self.unanswered = 0
-        self.undropped.clear()
         self.watch(sock.fileno(), self.read)
         everything = [(desk, k, duplicate) for desk in self.desks.values() for k, duplicate in desk.duplicates.items()]
         self.lacking = [(desk, k, duplicate) for desk, k, duplicate in everything if (desk.ident, k, duplicate.generation) not in self.held]
@@ -102,13 +112,13 @@ class Bond:
 
     def begin(self) -> None:
         """Start a keeper; ``started`` is called when it listens, or has ended."""
-        self.retry_at = time.monotonic() + START
         self.started_at = time.monotonic()
         command = [sys.executable, "-m", "mppool.keeper", self.path]
         try:
             keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, env=without_service())
         except OSError as error:
             log.error("no keeper: %s", error)
+            self.try_later()
             return
         keeper.returncode = 0  # it is nobody's child to wait for: the loop ignores SIGCHLD
         self.starting = keeper
@@ -122,8 +132,15 @@ class Bond:
     def started(self) -> None:
         listens = bool(os.read(self.pipe(), 64))
         self.end_start()
-        if not (listens and self.reach()):
+        if listens and self.reach():
+            self.retry_pause = FIRST_PAUSE
+        else:
             log.error("no keeper: it did not start")
+            self.try_later()
+
+    def try_later(self) -> None:
+        self.retry_at = time.monotonic() + self.retry_pause
+        self.retry_pause = min(2 * self.retry_pause, LONGEST_PAUSE)
 
     def wait_for_start(self) -> None:
         """Until the keeper that is being started, if there is one, listens or has ended."""
@@ -146,6 +163,7 @@ class Bond:
             sock.close()
         self.held.clear()
         self.unanswered = 0
+        self.blocked_at = 0.0
         self.retry_at = 0.0
 
     # What it has.
@@ -168,17 +186,36 @@ class Bond:
                     if self.take_back(message, given, kept=True):
                         self.held.add((unpack_held(message.body)[0], message.number, message.serial))
                     else:
-                        wires.send(sock, encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))
+                        self.undropped.append(encode(Message(Kind.DROP, message.number, message.serial, body=message.body)))  # later: it does not read now
             finally:
                 if fd >= 0:
                     os.close(fd)
         raise TimeoutError("it does not answer")
 
     def take_back(self, message: Message, fd: int, *, kept: bool) -> bool:
-        """One session from the keeper or a store: ours if it is still what the table says; else it is ended, and this is False. Owns ``fd``."""
+        """One session from the keeper or a store: ours if it is still what the table says; else it is ended, and this is False. Owns ``fd``.
+
+        That of a pool that is busy waits for the table.
+        """
         sock = take_socket(fd)
         if sock is None:
             return False
+        if unpack_held(message.body)[0] in self.busy:
+            self.later.append((message, sock))
+            return True
+        return self.take_sock(message, sock, kept)
+
+    def take_later(self, ident: str) -> None:
+        """That pool is not busy any more: adopted, or gone."""
+        mine = [item for item in self.later if unpack_held(item[0].body)[0] == ident]
+        self.later = [item for item in self.later if item not in mine]
+        for message, sock in mine:
+            key = ident, message.number, message.serial
+            if not self.take_sock(message, sock, key in self.held):
+                self.drop(*key)
+
+    def take_sock(self, message: Message, sock: socket.socket, kept: bool) -> bool:
+        """As ``take_back``, now."""
         ident, body = unpack_held(message.body)
         desk = self.desks.get(ident)
         if desk is not None and self.guarded(desk, partial(self.hand_over, desk, message, sock, body, kept)):
@@ -204,10 +241,10 @@ class Bond:
         self.lacking.append((desk, k, duplicate))
         self.put_lacking()
 
-    def drop(self, desk: Desk, k: int, generation: int) -> None:
-        self.held.discard((desk.ident, k, generation))
+    def drop(self, ident: str, k: int, generation: int) -> None:
+        self.held.discard((ident, k, generation))
         if self.link is not None:
-            self.undropped.append(encode(Message(Kind.DROP, k, generation, body=pack_held(desk.ident, b""))))
+            self.undropped.append(encode(Message(Kind.DROP, k, generation, body=pack_held(ident, b""))))
             self.put_lacking()
 
     def put_lacking(self) -> None:
@@ -216,6 +253,7 @@ class Bond:
             while self.undropped and self.link is not None:
                 wires.send(self.link, self.undropped[0])
                 self.undropped.pop(0)
+                self.blocked_at = 0.0
             while self.lacking and self.link is not None:
                 desk, k, duplicate = self.lacking[0]
                 if desk.duplicates.get(k) is duplicate:
@@ -223,9 +261,10 @@ class Bond:
                     if not self.unanswered:
                         self.answered_at = time.monotonic()
                     self.unanswered += 1
+                    self.blocked_at = 0.0
                 self.lacking.pop(0)
         except BlockingIOError:
-            return
+            self.blocked_at = self.blocked_at or time.monotonic()
         except OSError:
             self.lose()
 
@@ -264,17 +303,20 @@ class Bond:
     def flush(self) -> None:
         """Wait until the keeper has all that we have; if there is none, give it to another. Bounded by how long that may take."""
         until = time.monotonic() + ANSWER
+        latest = until + START  # however often one does not start
         while self.lacks():
-            if self.link is None and self.starting is None:
+            if self.link is None and self.starting is None and time.monotonic() >= self.retry_at:
                 self.take()
             if self.starting is not None:
-                until = max(until, self.started_at + START)
+                until = min(latest, max(until, self.started_at + START))
                 if wires.wait_readable(self.pipe(), 0.02):
                     self.started()
             elif self.link is not None:
                 self.put_lacking()
                 if self.link is not None and wires.wait_readable(self.link.fileno(), 0.02):
                     self.read()
+            else:
+                time.sleep(0.02)
             if time.monotonic() >= until:
                 log.error("the keeper lacks sessions")
                 return
@@ -292,9 +334,18 @@ class Bond:
                 pass  # it died in this moment
 
     def close(self) -> None:
+        for _, sock in self.later:
+            sock.close()
         self.end_start()
         if self.link is not None:
             self.link.close()
+            return
+        try:
+            wires.connect(self.path).close()
+        except ConnectionRefusedError:
+            os.unlink(self.path)  # of one that was killed
+        except (OSError, BrokerUnavailable):
+            pass
 
 
 def put_message(desk: Desk, k: int, duplicate: Duplicate) -> Message:

@@ -89,7 +89,7 @@ class Broker:
         self.desks: dict[str, Desk] = {}
         self.busy: set[str] = set()
         self.shunned: dict[str, float] = {}  # pools that were given up, and until when
-        self.bond = Bond(self.path, self.desks, self.watch, self.unwatch, self.guarded)
+        self.bond = Bond(self.path, self.desks, self.busy, self.watch, self.unwatch, self.guarded)
         self.next_tick = 0.0
         self.next_beat = 0.0
         self.next_status = 0.0
@@ -341,13 +341,20 @@ class Broker:
                 self.try_to_adopt(ident)
 
     def try_to_adopt(self, ident: str) -> None:
-        self.busy.discard(ident)
         try:
             self.adopt(ident)
         except Busy:
             self.busy.add(ident)
+            return
         except Exception as error:
             log.error("pool %s: %s", ident, error, exc_info=not isinstance(error, Error))
+        self.not_busy(ident)
+
+    def not_busy(self, ident: str) -> None:
+        """It is adopted, or not to be had; sessions that we have of it go where they belong, or end."""
+        if ident in self.busy:
+            self.busy.discard(ident)
+            self.bond.take_later(ident)
 
     def adopt(self, ident: str) -> Desk | None:
         """Become the broker of a pool. None if there is no such pool, or nobody in it any more (then its names are removed). Raises Error, Busy."""
@@ -373,6 +380,7 @@ class Broker:
             return None
         desk = self.desks[ident] = Desk(table, lock, row, self)
         log.info("pool %r, max_size %d", desk.name, desk.words[W_MAX_SIZE])
+        self.not_busy(ident)
         return desk
 
     def retire_if_unused(self, desk: Desk) -> None:
@@ -418,7 +426,7 @@ class Broker:
         self.bond.put(desk, k, duplicate)
 
     def drop(self, desk: Desk, k: int, generation: int) -> None:
-        self.bond.drop(desk, k, generation)
+        self.bond.drop(desk.ident, k, generation)
 
     def take_stored(self, service: Service) -> None:
         """What systemd kept over a restart. Nothing stays there: it would keep alive what everybody else has closed."""

@@ -21,17 +21,19 @@ from mppool.conversation import attach, connect, fetch, settle_abandoned, wait_t
 from mppool.dialing import open_session
 from mppool.errors import DialFailed, PoolClosed, PoolTimeout
 from mppool.exchange import why_expired
+from mppool.launch import start_again
 from mppool.line import Descriptor
 from mppool.returning import discard, tell
 from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
-from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
+from mppool.table import R_CLAIMED, R_TIMEOUTS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import TURN, Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
 
+CALL_AFTER, CALL_AGAIN = 0.5, 5.0  # seconds without a broker until a waiter of a pool with autostart has one started, and between two tries of a process
 FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table while there is no broker
 
 Held = tuple[Lane, Entry]
@@ -57,8 +59,7 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
         if held is None:
             worker.note_waiting(hands, True)
             held = yield from wait(hands, began, timeout)
-            worker.note_waiting(hands, False)
-            count_wait(worker, time.monotonic() - began)
+            worker.count_wait(hands, time.monotonic() - began)
             held[1].turn_ends = time.monotonic_ns() + TURN
         return worker.lend(*held)
     except BaseException as error:
@@ -83,12 +84,15 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     if worker.idle:
         yield from give_up_idle(hands)
     while True:
+        settle_abandoned(hands)
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
         fail_if_closed(worker)
         fail_if_down_for_good(worker)
-        settle_abandoned(hands)
-        line = None if is_crowded(worker) else (yield from connect(worker))
+        line = None
+        if not is_crowded(worker):
+            line = yield from connect(worker)
+            call_for_broker(worker, line is None)
         crowded = is_crowded(worker)  # anew: others may have come meanwhile
         if line is not None and crowded:
             worker.lines.append(line)
@@ -117,6 +121,18 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
                 return held
 
 
+def call_for_broker(worker: Worker, missing: bool) -> None:
+    """With autostart: have a broker started where none has been for a while. (One that is being replaced is away for some milliseconds.)"""
+    now = time.monotonic()
+    if not missing or not worker.autostart:
+        worker.call_at = 0.0
+    elif not worker.call_at:
+        worker.call_at = now + CALL_AFTER
+    elif now >= worker.call_at:
+        worker.call_at = now + CALL_AGAIN
+        start_again(worker.path)
+
+
 def is_crowded(worker: Worker) -> bool:
     """Do so many wait here that claims need the rest of our lanes?"""
     return len(worker.lanes) < worker.table.slots // 2
@@ -130,12 +146,6 @@ def give_up_idle(hands: Hands) -> Story[None]:
             held = yield from take(hands, entry.slot.k)
             if held is not None:
                 yield from discard(hands, *held, CloseReason.evicted_for_other)
-
-
-def count_wait(worker: Worker, seconds: float) -> None:
-    worker.bump(R_WAITS)
-    worker.bump(R_WAIT_US, int(seconds * 1e6))
-    worker.waited(seconds)
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:

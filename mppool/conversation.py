@@ -151,6 +151,7 @@ def fetch(worker: Worker, k: int) -> Story[Entry | None]:
     done = False
     try:
         line.send(Message(Kind.FETCH, k, worker.words[worker.generation_at + k]))
+        worker.driver.expect()  # while the broker is at work
         answer = yield Receive(line, time.monotonic() + ANSWER)
         if answer is None:
             return None
@@ -248,6 +249,7 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
         if asked:
             lane.owner = 0
             give_up(worker, line, lane)
+            settle_abandoned(hands)  # at once, if there is no broker any more: who knows when this process next comes by
         raise
     if turn.lane is None:
         hands.give(lane)
@@ -258,13 +260,10 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
     """The broker's answer to a WAIT. Raises TooManyWaiting; LineLost if it is none."""
     message, given = answer
     if message.kind is Kind.GRANT:
-        named_there = named(worker.words[lane.at]) == message.number
-        turn = granted(worker, lane)
-        if named_there:
-            return turn._replace(given=given, body=message.body)
-        if given is not None:
+        if given is not None and named(worker.words[lane.at]) != message.number:
             given.close()
-        return turn
+            given = None
+        return granted(worker, lane, given, message.body)
     if message.kind is Kind.TOO_MANY:
         if line.due:
             line.close()
@@ -278,13 +277,13 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
     return Turn(dial=True)
 
 
-def granted(worker: Worker, lane: Lane) -> Turn:
-    """Has a session been granted to our lane? The table is the truth; if so we hold it from now on."""
+def granted(worker: Worker, lane: Lane, given: Descriptor | None = None, body: bytes = b"") -> Turn:
+    """Has a session been granted to our lane? The table is the truth; if so we hold it from now on. ``given``: a descriptor of it."""
     k = named(worker.words[lane.at])
     if k < 0:
         return Turn()
     claims.accept(worker.words, lane, worker.slot(k))
-    return Turn(lane)
+    return Turn(lane, given, body)
 
 
 def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:
@@ -310,10 +309,7 @@ def give_up(worker: Worker, line: Line, lane: Lane) -> None:
     """Nobody here waits any more: an exception came, or the broker is silent. Its answer is read when this process next comes by."""
     if lane not in [other for _, other in worker.abandoned]:
         worker.abandoned.append((line, lane))
-    try:
-        line.give_up()
-    except LineLost:
-        pass
+    line.give_up()
 
 
 def settle_abandoned(hands: Hands) -> None:

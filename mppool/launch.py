@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sys
 import time
@@ -14,12 +15,15 @@ from mppool.kernel import link
 from mppool.kernel.runtime import check_directory
 from mppool.kernel.systemd import without_service
 
-__all__ = ["ensure_broker"]
+__all__ = ["ensure_broker", "start_again"]
+
+log = logging.getLogger("mppool")
 
 START = 20  # seconds
 LOOK_AGAIN = 0.02  # seconds between two looks for the broker that somebody else starts
 IDLE_EXIT = 30  # seconds without workers after which a broker that was started by one ends
 ALREADY_RUNNING = 3
+FORK = "import os, sys; os.fork() or os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def ensure_broker(path: str) -> None:
@@ -29,7 +33,7 @@ def ensure_broker(path: str) -> None:
     """
     until = time.monotonic() + START
     while not answers(path):
-        with starting(path) as ours:
+        with starting(path) as (ours, _):
             if ours:
                 if not answers(path):
                     start(path)
@@ -48,13 +52,16 @@ def answers(path: str) -> bool:
 
 
 @contextmanager
-def starting(path: str) -> Iterator[bool]:
-    """Is it ours to start the broker? Only one process at a time may, which locks the socket's directory (and leaves no file there)."""
+def starting(path: str) -> Iterator[tuple[bool, tuple[int, ...]]]:
+    """Is it ours to start the broker? And the descriptor that holds this right.
+
+    Only one process at a time may, which locks the socket's directory (and leaves no file there).
+    """
     try:
         check_directory(path, create=True)
         fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (Error, OSError):
-        yield True  # the broker will say what is wrong
+        yield True, ()  # the broker will say what is wrong
         return
     try:
         try:
@@ -62,17 +69,41 @@ def starting(path: str) -> Iterator[bool]:
             ours = True
         except BlockingIOError:
             ours = False
-        yield ours
+        yield ours, (fd,)
     finally:
         os.close(fd)
+
+
+def start_again(path: str) -> None:
+    """Have a broker started in the place of one that has gone, unless one answers or somebody is at it. Nobody waits for it here, and nothing is raised.
+
+    The new broker has the right to start brokers from us, and keeps it for life: until it answers nobody starts another.
+    """
+    import subprocess
+
+    with starting(path) as (ours, right):
+        if not ours or answers(path):
+            return
+        log.warning("broker=%r: autostart: it has gone; another is started", path)
+        try:
+            # A process in between, which ends at once: the broker is nobody's child to wait for.
+            command, null = [sys.executable, "-I", "-S", "-c", FORK, *command_for(path)], subprocess.DEVNULL
+            subprocess.run(command, stdin=null, stdout=null, stderr=null, pass_fds=right, timeout=START, env=without_service())
+        except (OSError, subprocess.SubprocessError) as error:
+            log.warning("broker=%r: autostart: %s", path, error)
+
+
+def command_for(path: str) -> list[str]:
+    return [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", str(IDLE_EXIT), "--background"]
 
 
 def start(path: str) -> None:
     import subprocess  # only here: `import mppool` is part of every worker's start
 
-    command = [sys.executable, "-m", "mppool", "broker", "--socket", path, "--idle-exit", str(IDLE_EXIT), "--background"]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START, env=without_service())
+        done = subprocess.run(
+            command_for(path), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=START, env=without_service()
+        )
     except subprocess.TimeoutExpired as error:
         raise none_within(path) from error
     if done.returncode not in (0, ALREADY_RUNNING):

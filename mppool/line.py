@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
 from io import FileIO
 
@@ -45,23 +46,31 @@ class Line:
         return self.struck != self.said
 
     def cancel(self) -> None:
-        """Ask to be struck, once. Raises LineLost."""
+        """Ask to be struck, once."""
         if not self.due:
             self.say_cancel(0)
 
     def give_up(self) -> None:
-        """Ask to be struck, and to have taken back what may have been granted: we do not look before the answer. Raises LineLost."""
+        """Ask to be struck, and to have taken back what may have been granted: we do not look before the answer."""
         if not self.given_up:
             self.say_cancel(GIVEN_UP)
             self.given_up = True
 
     def say_cancel(self, flags: int) -> None:
+        """Said in any case. If it cannot be, our side of the line ends, which says as much: the broker has heard it when it ends its own."""
         try:
             self.said += 1
-            self.send(Message(Kind.CANCEL, serial=self.said, flags=flags))
-        except BaseException:
-            self.close()  # was it said? The end of the line says it, too
-            raise
+            link.send_beyond(self.sock, encode(Message(Kind.CANCEL, serial=self.said, flags=flags)))
+        except BaseException as error:
+            self.hang_up()
+            if not isinstance(error, OSError):
+                raise
+
+    def hang_up(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it has ended already
 
     def was_struck(self, serial: int) -> bool:
         """After a STRUCK: is it the answer to the last CANCEL? None is due then. (One may have been lost here, to an exception.)"""

@@ -113,6 +113,7 @@ class Shell:
         made: list[Worker] = []
         try:
             made.extend(map(Worker, (self.name,), (self.target,), (self._driver,), (self.options,), (self.broker,)))  # in one step: it holds a row
+            made[0].autostart = self.autostart
             _parts[made[0]] = weakref.ref(self)
             self._worker = made[0]
             return made[0]

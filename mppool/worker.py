@@ -40,7 +40,9 @@ from mppool.table import (
     R_CLOSED,
     R_LENT,
     R_PID,
+    R_WAIT_US,
     R_WAITING,
+    R_WAITS,
     W_BEAT,
     attach_or_create,
     creation_lock,
@@ -186,6 +188,8 @@ class Worker:
         self.owes = False  # a duplicate that we sent did not get through
         self.next_try = 0.0  # when to look for a broker again, unless another has come since
         self.tried_epoch = 0
+        self.autostart = False
+        self.call_at = 0.0  # with autostart: when to start a broker if none has come; 0: one was there when we last looked
         self.reclaimer = Reclaimer(table, self.lock, self.permits, self.row, self.slot)
         self.reclaiming: dict[int, int] = {}  # by whom; see permits.Section for why a dictionary
         self.counting = threading.RLock()  # threads of one process share a row; a signal handler may come back in
@@ -461,8 +465,15 @@ class Worker:
             (self.waiting.add if waits else self.waiting.discard)(hands)
             self.words[self.row.at + R_WAITING] = len(self.waiting)
 
-    def waited(self, seconds: float) -> None:
-        self.bump(R_BUCKETS + wait_bucket(seconds))
+    def count_wait(self, hands: Hands, seconds: float) -> None:
+        """A wait was worth it."""
+        words, at = self.words, self.row.at
+        with self.counting:
+            self.waiting.discard(hands)
+            words[at + R_WAITING] = len(self.waiting)
+            words[at + R_WAITS] += 1
+            words[at + R_WAIT_US] += int(seconds * 1e6)
+            words[at + R_BUCKETS + wait_bucket(seconds)] += 1
 
     # The end.
 

@@ -178,41 +178,47 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
         yield lambda: pooled(pool, work), [pid]
 
 
-def first_leases(conninfo: str, count: int) -> dict[str, float]:
-    """Microseconds: a login, against the first lease of a live session that another process dialed; and against the later ones, used in turn."""
-    logins, found = [], {}
-    for _ in range(count):
-        began = time.perf_counter()
-        conn = psycopg.connect(conninfo, autocommit=True)
-        logins.append(time.perf_counter() - began)
-        conn.close()
-    found["login_us"] = statistics.median(logins) * 1e6
-    for policy in ("reset", "trust"):
-        with private_directory() as directory, broker(f"{directory}/broker.sock"):
-            options: dict[str, Any] = {"min_size": 0, "max_size": 2, "broker": f"{directory}/broker.sock", "on_transfer": policy}
+def first_leases(conninfo: str, rounds: int) -> dict[str, float]:
+    """Medians in microseconds, all measured in turn: a login; the first lease, in a process that has nothing attached, of a live session that
+    another dialed; and the lease of one that it had before, and another process used since. What resetting adds is "reset" less "trust".
+    """
+    took: dict[str, list[float]] = {"login": []}
+    with ExitStack() as stack:
 
-            def second_lease(pool: ConnectionPool) -> float:
-                """Of the two sessions there are; with the first one the process has its line to the broker."""
-                one = pool.getconn()
-                began = time.perf_counter()
-                other = pool.getconn()
-                took = time.perf_counter() - began
-                pool.putconn(one)
-                pool.putconn(other)
-                return took
+        def opened(policy: str, broker: str) -> ConnectionPool:
+            """One process's part in the pool, as far as the pool knows: it has a row, a line to the broker and descriptors of its own."""
+            return stack.enter_context(ConnectionPool(conninfo, min_size=0, max_size=2, broker=broker, on_transfer=policy))
 
-            first, later = [], []
-            with ConnectionPool(conninfo, **options) as home, ConnectionPool(conninfo, **options) as other:
+        parts = {}
+        for policy in ("reset", "trust"):
+            path = f"{stack.enter_context(private_directory())}/broker.sock"
+            stack.enter_context(broker(path))
+            parts[policy] = opened(policy, path), opened(policy, path), path
+            for part in parts[policy][:2]:
+                second_lease(part)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            conn = psycopg.connect(conninfo, autocommit=True)
+            took["login"].append(time.perf_counter() - began)
+            conn.close()
+            for policy, (home, other, path) in parts.items():
+                fresh = opened(policy, path)
+                took.setdefault(f"first_{policy}", []).append(second_lease(fresh))
+                fresh.close()
                 second_lease(home)
-                second_lease(other)
-                for _ in range(count):
-                    with ConnectionPool(conninfo, **options) as fresh:  # a process's part in the pool, which has nothing attached yet
-                        first.append(second_lease(fresh))
-                    second_lease(home)
-                    later.append(second_lease(other))
-            found[f"first_{policy}_us"] = statistics.median(first) * 1e6
-            found[f"back_{policy}_us"] = statistics.median(later) * 1e6
-    return found
+                took.setdefault(f"back_{policy}", []).append(second_lease(other))
+    return {f"{name}_us": statistics.median(times) * 1e6 for name, times in took.items()}
+
+
+def second_lease(pool: ConnectionPool) -> float:
+    """Of the two sessions there are; with the first one the process has its line to the broker."""
+    one = pool.getconn()
+    began = time.perf_counter()
+    other = pool.getconn()
+    took = time.perf_counter() - began
+    pool.putconn(one)
+    pool.putconn(other)
+    return took
 
 
 def main() -> None:
@@ -221,7 +227,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, action="append", help="server connections; default: as many as workers, and half as many")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--logins", type=int, default=100)
+    parser.add_argument("--logins", type=int, default=200, help="rounds of logins and leases in turn")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     try:
@@ -266,6 +272,8 @@ def show(leases: dict[str, float], results: dict[tuple[int, str], dict[str, dict
         first, back = leases[f"first_{policy}_us"], leases[f"back_{policy}_us"]
         print(f"first lease of another's session, {policy:6}       {first:8.0f} us  1/{login / first:.0f}")
         print(f"lease of a session that another used, {policy:6}   {back:8.0f} us  1/{login / back:.0f}")
+    first, back = (leases[f"{which}_reset_us"] - leases[f"{which}_trust_us"] for which in ("first", "back"))
+    print(f"what resetting adds to the one and the other    {first:8.0f} us, {back:.0f} us")
     for (sessions, workload), rows in results.items():
         print(f"\n{workload}, {sessions} sessions" + f"{'tps':>16}{'/ direct':>10}{'/ pgbouncer':>13}{'p50 us':>9}{'p99 us':>9}{'CPU us':>8}")
         for name, row in rows.items():

@@ -18,9 +18,11 @@ from mppool.claims import is_granted
 from mppool.inspect import find_pool
 from mppool.kernel import memory
 from mppool.kernel.runtime import scope_of
+from mppool.line import Line
 from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
-from tests.helpers.leftovers import processes_of
-from tests.helpers.processes import BrokerProcess, Child, broker_process, eventually, fork
+from mppool.worker import LOOK
+from tests.helpers.leftovers import names, processes_of
+from tests.helpers.processes import PATIENCE, BrokerProcess, Child, answers, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 
 
@@ -136,6 +138,92 @@ def test_a_killed_waiters_grant_costs_no_session(server: Judge, broker: BrokerPr
     assert pool.get_stats()["closed"] == {}
     assert server.counts()["dials"] == 1
     pool.close()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    raise Interrupted
+
+
+def test_a_grant_of_a_broker_that_died_reaches_the_next_though_its_waiter_was_interrupted(server: Judge, broker: BrokerProcess) -> None:
+    """A session is granted, the broker dies, a signal handler ends the wait: the session is idle again at once, the process need not come by."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+
+    def wait(child: Child) -> None:
+        signal.signal(signal.SIGUSR1, interrupt)
+        child.hear()
+        with pytest.raises(Interrupted):
+            pool.getconn(timeout=PATIENCE)
+        child.tell()
+        child.hear()
+
+    with fork(wait) as (child,):
+        with pool.connection() as sock:
+            ask(sock, "first")
+            table = pool._worker.table  # type: ignore[union-attr]
+            child.tell()
+            eventually(lambda: table.halves[H_WAITERS] == 1)
+            child.kill(signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)
+        [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
+        eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+        broker.kill()
+        child.kill(signal.SIGUSR1)
+        child.kill(signal.SIGCONT)
+        child.hear()
+        broker.process = broker._start()
+        with pool.connection(timeout=10) as sock:
+            assert ask(sock, "next") == 1
+        child.tell()
+        child.result()
+    assert server.counts()["dials"] == 1
+    pool.close()
+
+
+def test_a_waiter_leaves_though_its_queue_to_the_broker_is_full(server: Judge, broker: BrokerProcess) -> None:
+    """The broker is stopped, and its queue is full when the time of a waiter is over: it gets nothing once the broker goes on."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+    with fork(hold(pool, 1)) as (child,):
+        child.hear()
+        with pytest.raises(mppool.PoolTimeout):
+            pool.getconn(timeout=0.05)  # there is a line now
+        worker: Any = pool._worker
+        [line] = worker.lines
+        other = Line(broker.path)
+        eventually(lambda: answers(broker.path))
+        broker.process.send_signal(signal.SIGSTOP)
+        os.waitpid(broker.pid, os.WUNTRACED)
+        room = fill(other)
+        assert fill(line, room - 1) == room - 1
+        with pytest.raises(mppool.PoolTimeout):
+            pool.getconn(timeout=0.05)
+        assert fill(line, 1) == 0, "there was room left"
+        child.tell()
+        child.hear()  # the session is idle
+        broker.process.send_signal(signal.SIGCONT)
+        other.close()
+
+        def use(child: Child) -> int:
+            with pool.connection(timeout=10) as sock:
+                return ask(sock, "next")
+
+        with fork(use) as (user,):
+            assert user.result() == 1
+    assert server.counts()["dials"] == 1
+    pool.close()
+
+
+def fill(line: Line, most: int = 10_000) -> int:
+    """Messages that a stopped broker does not read; how many there was room for."""
+    for n in range(most):
+        try:
+            line.sock.send(LOOK)
+        except BlockingIOError:
+            return n
+    return most
 
 
 def test_the_queue_is_first_come_first_served(server: Judge, broker: BrokerProcess) -> None:
@@ -272,6 +360,22 @@ def test_a_killed_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> No
     for session in sessions:
         pool.putconn(session)
     pool.close()
+
+
+def test_a_keeper_that_is_slower_than_the_last_broker_removes_the_names(server: Judge, broker: BrokerProcess) -> None:
+    """The broker does not wait long for it to let go of a pool; then the keeper is the last one out."""
+    with mppool.Pool(server.address, broker=broker.path) as pool:
+        with pool.connection() as sock:
+            ask(sock, "n0")
+        keeper = keeper_of(broker.path)
+        assert keeper is not None
+        table: Any = pool._worker.table  # type: ignore[union-attr]
+        eventually(lambda: any(table.array(table.shared_flag)), what="the keeper has it")
+        keeper.suspend()
+    broker.stop()
+    assert names(broker.path) != []
+    keeper.resume()
+    eventually(lambda: names(broker.path) == [])
 
 
 def test_broker_and_keeper_killed_at_once(server: Judge, broker: BrokerProcess) -> None:
@@ -454,6 +558,41 @@ def test_autostart(server: Judge, socket_path: str) -> None:
     for process in processes_of(socket_path):
         if "broker" in process.cmdline():
             process.send_signal(signal.SIGTERM)
+
+
+def test_an_autostarted_broker_that_dies_is_started_again(server: Judge, socket_path: str) -> None:
+    """By those who wait for a session, all of them attached already; one broker comes, which is nobody's child, and serves them in turn."""
+    pool = mppool.Pool(server.address, max_size=1, name="auto", broker=socket_path, autostart=True)
+
+    def wait(child: Child) -> int:
+        pool.open()
+        child.tell()
+        child.hear()
+        with pool.connection(timeout=PATIENCE) as sock:
+            return ask(sock, "x")
+
+    def brokers() -> list[psutil.Process]:
+        return [process for process in processes_of(socket_path) if "broker" in process.cmdline()]
+
+    with fork(*[wait] * 3) as children:
+        sock = pool.getconn()
+        assert ask(sock, "x") == 1
+        for child in children:
+            child.hear()
+        (first,) = brokers()
+        first.kill()
+        for child in children:
+            child.tell()
+        eventually(lambda: answers(socket_path), what="another broker")
+        eventually(lambda: pool.get_stats()["waiting"] == 3 and pool._worker.table.halves[H_WAITERS] == 3)  # type: ignore[union-attr]
+        pool.putconn(sock)
+        assert [child.result() for child in children] == [1] * 3
+        (second,) = brokers()
+        assert second != first
+        assert second.ppid() not in [os.getpid(), *(child.pid for child in children)]
+    assert server.counts()["dials"] == 1
+    pool.close()
+    second.terminate()
 
 
 def test_of_many_that_come_at_once_one_starts_the_broker(server: Judge, socket_path: str, tmp_path: Path) -> None:

@@ -220,6 +220,20 @@ def test_min_size_is_dialed_at_open(server: Judge, path: str) -> None:
         eventually(lambda: server.counts()["live"] == 3)
 
 
+def test_who_opens_the_pool_dials_what_is_missing_of_min_size(server: Judge, path: str) -> None:
+    """Sessions that end are not replaced behind anybody's back; the next process that comes does it, and ``open(wait=True)`` at any time."""
+    with mppool.Pool(server.address, name="p", min_size=3, broker=path) as pool:
+        for _ in range(2):
+            pool.putconn(pool.getconn(), discard=True)
+        assert pool.get_stats()["size"] == 1
+        with mppool.Pool(server.address, name="p", min_size=3, broker=path):
+            assert pool.get_stats()["size"] == 3
+        for _ in range(2):
+            pool.putconn(pool.getconn(), discard=True)
+        pool.open(wait=True)
+        assert pool.get_stats()["size"] == 3
+
+
 def test_resize_works_live(server: Judge, path: str) -> None:
     """A grown cap serves who waits; a shrink is paid as sessions come back."""
     with mppool.Pool(server.address, max_size=1, broker=path) as pool:

@@ -83,6 +83,12 @@ class DriverBase:
         """
         return b""
 
+    def expect(self) -> None:
+        """A descriptor was asked for, and ``attach`` will be called with it if it comes: what takes time and needs none can be done now. Never raises.
+
+        Most do not need this. What was made and is not used, because nothing came, is kept for the next ``attach``, or let go.
+        """
+
     def attach(self, fd: int, baggage: bytes) -> Any:
         """Make a session of a duplicate of ``fd`` and baggage. ``fd`` itself stays the pool's, which closes it.
 

@@ -17,7 +17,7 @@ from typing import Any
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel.runtime import distrust
 
-__all__ = ["MAX_MESSAGE", "connect", "has_ended", "listen", "receive", "send", "wait_readable"]
+__all__ = ["MAX_MESSAGE", "connect", "has_ended", "listen", "receive", "send", "send_beyond", "wait_readable"]
 
 MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
 _ROOM = socket.CMSG_LEN(16 * 4)  # for more than the one we expect: extra descriptors are seen and closed, not lost
@@ -77,6 +77,19 @@ def send(sock: socket.socket, data: bytes, fd: int = -1) -> None:
         sock.send(data, _NOSIGNAL)
     else:
         sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))], _NOSIGNAL)
+
+
+def send_beyond(sock: socket.socket, data: bytes) -> None:
+    """Send one message though the queue is full: there is as much room again for such. OSError if there is none all the same, or the peer is gone."""
+    try:
+        return send(sock, data)
+    except BlockingIOError:
+        usual = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual)  # which the kernel doubles
+        send(sock, data)
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual // 2)
 
 
 def receive(sock: socket.socket) -> tuple[bytes, int]:

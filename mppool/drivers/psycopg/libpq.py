@@ -30,7 +30,7 @@ from mppool.drivers.dialer import abandon, prepare
 from mppool.drivers.postgres import SSL_REQUEST, greeting_of, refusal_in
 from mppool.errors import ProtocolError
 
-__all__ = ["Waits", "bury", "by_itself", "connected", "forked", "in_time", "offers_tls", "relayed", "remember", "replay"]
+__all__ = ["Stage", "Waits", "bury", "by_itself", "connected", "forked", "in_time", "offers_tls", "relayed", "remember", "replay"]
 
 KEEPALIVE = {
     "keepalives_idle": socket.TCP_KEEPIDLE,
@@ -44,37 +44,48 @@ Waits = Generator[tuple[int, Wait], Ready, C]
 
 _dialing: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _made: weakref.WeakSet[psycopg.BaseConnection[Any]] = weakref.WeakSet()
+_stages: weakref.WeakSet[Stage] = weakref.WeakSet()
 _unknown: set[object] = set()  # connections that libpq itself is just making
 _numbers = itertools.count(1)
 
 
 class Stage:
-    """A private socket for one start-up of libpq, which connects to it and believes that the server is there."""
+    """A private socket for one start-up of libpq, which connects to it and believes that the server is there.
 
-    def __init__(self) -> None:
+    ``conninfo`` is without a place. Raises OperationalError, OSError.
+    """
+
+    def __init__(self, conninfo: str) -> None:
         self.host = f"@mppool-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(8)}"
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.inner: socket.socket | None = None
+        self.pgconn: pq.abc.PGconn | None = None  # libpq's side, until somebody takes it
+        _stages.add(self)
         try:
-            self.listener.bind(f"\0{self.host[1:]}/.s.PGSQL.1")
-            self.listener.listen(4)
-            self.listener.settimeout(5.0)
+            self.start(f"{conninfo} host={self.host} hostaddr='' port=1 sslmode=disable gssencmode=disable")
         except BaseException:
             self.close()
             raise
 
-    def start(self, conninfo: str) -> pq.abc.PGconn:
-        """``conninfo`` is without a place."""
-        pgconn = pq.PGconn.connect_start(f"{conninfo} host={self.host} hostaddr='' port=1 sslmode=disable gssencmode=disable".encode())
-        if pgconn.status == ConnStatus.BAD:
-            raise psycopg.OperationalError(f"connection is bad: {pgconn.get_error_message()}")
-        while self.inner is None:
-            sock, _ = self.listener.accept()
-            if struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == os.getpid():
-                self.inner = sock
-            else:
-                sock.close()  # somebody else's: they are not the ones we show anything
+    def start(self, conninfo: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(f"\0{self.host[1:]}/.s.PGSQL.1")
+            listener.listen(4)
+            listener.settimeout(5.0)
+            self.pgconn = pgconn = pq.PGconn.connect_start(conninfo.encode())
+            if pgconn.status == ConnStatus.BAD:
+                raise psycopg.OperationalError(f"connection is bad: {pgconn.get_error_message()}")
+            while self.inner is None:
+                sock, _ = listener.accept()
+                if struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == os.getpid():
+                    self.inner = sock
+                else:
+                    sock.close()  # somebody else's: they are not the ones we show anything
         self.inner.setblocking(False)
+
+    def take(self) -> pq.abc.PGconn:
+        """libpq's side, which is the caller's from now on."""
+        assert self.pgconn is not None
+        pgconn, self.pgconn = self.pgconn, None
         return pgconn
 
     def said(self) -> bytes:
@@ -93,16 +104,18 @@ class Stage:
             self.inner.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self.listener.close()
         if self.inner is not None:
             self.inner.close()
+        if self.pgconn is not None:
+            self.pgconn.finish()
+
+    __del__ = close
 
 
-def replay(conninfo: str, greeting: bytes, fd: int) -> pq.abc.PGconn:
-    """A libpq connection over a duplicate of ``fd``, logged in as the greeting says. ``conninfo`` is without a place."""
-    stage = Stage()
+def replay(stage: Stage, greeting: bytes, fd: int) -> pq.abc.PGconn:
+    """A libpq connection over a duplicate of ``fd``, logged in as the greeting says. Ends ``stage``."""
     try:
-        pgconn = stage.start(conninfo)
+        pgconn = stage.take()
         shown = False
         while True:
             status = pgconn.connect_poll()
@@ -127,10 +140,10 @@ def relayed(conninfo: str, real: socket.socket, where: str) -> Waits[tuple[pq.ab
 
     ``where``: what to say of the place in an error.
     """
-    stage = Stage()
+    stage = Stage(conninfo)
     heard = bytearray()
     try:
-        pgconn = stage.start(conninfo)
+        pgconn = stage.take()
         while True:
             status = pgconn.connect_poll()
             left = memoryview(stage.said())
@@ -254,6 +267,8 @@ def forked() -> bool:
     """In a forked child: let go of what other threads of the parent were connecting. False: there was something that only libpq knows."""
     for sock in list(_dialing):
         abandon(sock)
+    for stage in list(_stages):
+        stage.close()
     for conn in list(_made):
         bury(conn.pgconn)
     unknown = bool(_unknown)

@@ -6,9 +6,11 @@ comes back from another process.
 
 from __future__ import annotations
 
+import _socket
 import hashlib
 import socket
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -25,7 +27,7 @@ from mppool.drivers.psycopg import libpq
 from mppool.drivers.psycopg.connecting import Login
 from mppool.drivers.psycopg.connections import movable
 from mppool.drivers.psycopg.conninfo import effective, for_adopting
-from mppool.drivers.psycopg.libpq import bury, remember, replay
+from mppool.drivers.psycopg.libpq import Stage, bury, remember, replay
 from mppool.errors import DialFailed, Error, ProtocolError
 from mppool.states import Residence
 
@@ -73,9 +75,10 @@ class Sessions:
         self.connection_class = connection_class or self.plain
         self.cls = movable(self.connection_class)  # type: ignore[arg-type]  # classes are hashable
         self._shown: tuple[str, dict[str, Any]] | None = None
+        self._stages: deque[Stage] = deque()  # one that nobody used yet, perhaps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "cls": None, "_shown": None}
+        return {**vars(self), "cls": None, "_shown": None, "_stages": deque()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, cls=movable(state["connection_class"]))
@@ -119,11 +122,9 @@ class Sessions:
         host, greeting = baggage[1 : 1 + size].decode(errors="replace"), baggage[1 + size :]
         if not is_greeting(greeting):
             raise ProtocolError(f"a baggage of {len(greeting)} bytes is no greeting of a PostgreSQL server")
-        conn = self.cls(replay(self.stage_arguments()[0], greeting, fd))
+        conn = self.cls(replay(self.stage(), greeting, fd))
         try:
-            with socket.socket(fileno=conn.fileno()) as known:
-                family, address = known.family, known.getpeername()
-                known.detach()
+            family, address = peer_of(conn.fileno())
             conn._mppool = Login(greeting, family, address, host, Residence.moves, adopted=True)
             self.equip(conn, self.stage_arguments()[1])
             self.note(conn)
@@ -131,6 +132,20 @@ class Sessions:
         except BaseException:
             self.abort(conn)
             raise
+
+    def expect(self) -> None:
+        """libpq is started while the descriptor is on its way: two thirds of the work of ``attach``."""
+        if not self._stages:
+            try:
+                self._stages.append(Stage(self.stage_arguments()[0]))
+            except (OSError, psycopg.Error):
+                pass  # ``attach`` tries again, and says so
+
+    def stage(self) -> Stage:
+        try:
+            return self._stages.pop()
+        except IndexError:
+            return Stage(self.stage_arguments()[0])
 
     def stage_arguments(self) -> tuple[str, dict[str, Any]]:
         """How libpq is started to be shown a greeting, and what psycopg is told besides."""
@@ -228,7 +243,7 @@ class Sessions:
     def renew(self, session: Any) -> None:
         """libpq remembers settings that were changed here, and reset elsewhere: it is shown the login again."""
         older, login = session.pgconn, session._mppool
-        pgconn = replay(self.stage_arguments()[0], login.greeting, older.socket)
+        pgconn = replay(self.stage(), login.greeting, older.socket)
         wself = weakref.ref(session)
         pgconn.notice_handler = partial(psycopg.BaseConnection._notice_handler, wself)
         pgconn.notify_handler = partial(psycopg.BaseConnection._notify_handler, wself)
@@ -257,6 +272,7 @@ class Sessions:
         bury(session.pgconn)
 
     def forked(self) -> bool:
+        self._stages.clear()
         return libpq.forked()
 
     @staticmethod
@@ -264,6 +280,17 @@ class Sessions:
         text = str(error)
         hopeless = is_hopeless(error.sqlstate or "") or "password authentication failed" in text or "no password supplied" in text
         return DialFailed(text, permanent=hopeless)
+
+
+def peer_of(fd: int) -> tuple[int, Any]:
+    """Family and address of the other end; no address if that has gone. (With its kind given, the kernel is not asked for it.)"""
+    known = _socket.socket(-1, socket.SOCK_STREAM, 0, fd)
+    try:
+        return known.family, known.getpeername()
+    except OSError:
+        return known.family, None  # the pool looks at the connection next
+    finally:
+        known.detach()
 
 
 def command(pgconn: pq.abc.PGconn, sql: bytes) -> Any:

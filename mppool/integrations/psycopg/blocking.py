@@ -42,7 +42,7 @@ class ConnectionPool(Shared):
     - ``check`` that closes the connection instead of raising costs that connection, too: a closed one is never lent.
     - ``connection_class=None``, the default, is ``psycopg.Connection``; what is lent is of a subclass of yours.
     - ``conn.close()`` after the connection was returned does nothing; before, it ends the session.
-    - ``min_size`` is dialed when the pool is opened, and not refilled in the background.
+    - ``min_size`` is dialed by each process that opens the pool, as far as it is missing, and by ``wait()``; not refilled in the background.
 
     Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed: all are psycopg.OperationalError, too.
     """

@@ -178,6 +178,10 @@ class SessionDriver(DriverBase):
     def farewell(self, session: Session) -> bytes:
         return session.client.farewell(session.connection)
 
+    def expect(self) -> None:
+        if self.client is not None:
+            self.client[1].expect()
+
     def attach(self, fd: int, baggage: bytes) -> Any:
         [login] = LOGIN.unpack_from(baggage)
         client = self.adopter()
