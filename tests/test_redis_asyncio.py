@@ -327,7 +327,7 @@ def test_a_cancelled_login_ends_before_its_permit_goes_back(run: Run, tmp_path: 
         cancelled = server.made() - made - lent
         print(f"\n{lent} lent, {cancelled} cancelled with the server knowing, peak {most} of {samples} looks")
         assert most <= 2
-        assert cancelled > 0
+        assert cancelled > rounds / 4 or kind == "tls"  # there it depends on the moment
 
 
 def test_not_even_with_a_redis_py_that_leaks(redis_: Server, make: Maker) -> None:
