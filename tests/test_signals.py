@@ -118,6 +118,7 @@ def test_exceptions_at_random_moments_never_break_the_cap(server: Judge, path: s
     assert server.counts()["peak"] <= size
     pool.close()
 
+
 def test_a_block_that_is_gone_gives_its_session_back(server: Judge, path: str) -> None:
     """A handler's exception may end a block before the first line of its end: the next checkout finds that out, and only that."""
     with mppool.Pool(server.address, max_size=1, broker=path, timeout=0.1) as pool:
