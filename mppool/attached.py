@@ -47,7 +47,7 @@ class Entry:
             self.poll = poller.poll
 
     def left_behind(self) -> bool:
-        """Was it lent to a ``with`` block, and is that one gone without having given it back? (A weak reference would say it, too, at a tenth of a checkout.)"""
+        """Was it lent to a ``with`` block, and is that one gone without having given it back? (A weak reference would say it, too, and costs more.)"""
         return self.block[0] == self.uses and sys.getrefcount(self.block) == ALONE
 
     def shutdown(self, how: int) -> None:
