@@ -28,7 +28,7 @@ from mppool.snapshot import numbers
 from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
-from mppool.table import R_CLAIMED, R_TIMEOUTS, R_WAIT_US, R_WAITS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
+from mppool.table import R_CLAIMED, R_TIMEOUTS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
 from mppool.worker import TURN, Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
@@ -59,8 +59,7 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
         if held is None:
             worker.note_waiting(hands, True)
             held = yield from wait(hands, began, timeout)
-            worker.note_waiting(hands, False)
-            count_wait(worker, time.monotonic() - began)
+            worker.count_wait(hands, time.monotonic() - began)
             held[1].turn_ends = time.monotonic_ns() + TURN
         return worker.lend(*held)
     except BaseException as error:
@@ -147,12 +146,6 @@ def give_up_idle(hands: Hands) -> Story[None]:
             held = yield from take(hands, entry.slot.k)
             if held is not None:
                 yield from discard(hands, *held, CloseReason.evicted_for_other)
-
-
-def count_wait(worker: Worker, seconds: float) -> None:
-    worker.bump(R_WAITS)
-    worker.bump(R_WAIT_US, int(seconds * 1e6))
-    worker.waited(seconds)
 
 
 def timed_out(worker: Worker, timeout: float) -> PoolTimeout:

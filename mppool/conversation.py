@@ -259,13 +259,10 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
     """The broker's answer to a WAIT. Raises TooManyWaiting; LineLost if it is none."""
     message, given = answer
     if message.kind is Kind.GRANT:
-        named_there = named(worker.words[lane.at]) == message.number
-        turn = granted(worker, lane)
-        if named_there:
-            return turn._replace(given=given, body=message.body)
-        if given is not None:
+        if given is not None and named(worker.words[lane.at]) != message.number:
             given.close()
-        return turn
+            given = None
+        return granted(worker, lane, given, message.body)
     if message.kind is Kind.TOO_MANY:
         if line.due:
             line.close()
@@ -279,13 +276,13 @@ def understand(worker: Worker, line: Line, lane: Lane, answer: Received) -> Turn
     return Turn(dial=True)
 
 
-def granted(worker: Worker, lane: Lane) -> Turn:
-    """Has a session been granted to our lane? The table is the truth; if so we hold it from now on."""
+def granted(worker: Worker, lane: Lane, given: Descriptor | None = None, body: bytes = b"") -> Turn:
+    """Has a session been granted to our lane? The table is the truth; if so we hold it from now on. ``given``: a descriptor of it."""
     k = named(worker.words[lane.at])
     if k < 0:
         return Turn()
     claims.accept(worker.words, lane, worker.slot(k))
-    return Turn(lane)
+    return Turn(lane, given, body)
 
 
 def strike(worker: Worker, line: Line, lane: Lane) -> Story[Turn | None]:

@@ -121,7 +121,7 @@ class Keeper:
         elif place in self.held and self.held[place][0].serial == message.serial:
             self.forget(place)
             if not any(pool == ident for pool, _ in self.held):
-                self.unwatch(ident)
+                self.let_go(ident)
 
     def give_all(self, broker: socket.socket) -> None:
         for ident in self.locks.keys() - {pool for pool, _ in self.held}:
@@ -148,6 +148,11 @@ class Keeper:
         if lock is not None:
             lock.close()
 
+    def let_go(self, ident: str) -> None:
+        """Of a pool. Its last broker may have gone without waiting for us: then we are the last process it had."""
+        self.unwatch(ident)
+        remove_if_unused(ident)
+
     def is_done(self, active: bool) -> bool:
         if self.broker is not None:
             return False
@@ -169,8 +174,7 @@ class Keeper:
         for place in list(self.held):
             self.forget(place)
         for ident in list(self.locks):
-            self.unwatch(ident)
-            remove_if_unused(ident)
+            self.let_go(ident)
 
 
 def pool_of(message: Message) -> str:

@@ -293,14 +293,11 @@ def do(worker: Worker, request: Request) -> Any:
 
 
 def receive(request: Receive) -> Any:
-    while True:
+    while link.wait_readable(request.line.sock.fileno(), request.until - time.monotonic()):
         answer = request.line.receive()
         if answer is not None:
             return answer
-        left = request.until - time.monotonic()
-        if left <= 0:
-            return None
-        link.wait_readable(request.line.sock.fileno(), left)
+    return None
 
 
 def ended(request: Ended) -> bool:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Attach", "Call", "Close", "Dial", "Ended", "Pause", "Receive", "Request", "Story", "Tidy", "Transfer"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Dial:
     """Open a new session with the driver; answer: the session."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Attach:
     """Make a session of a duplicate of a descriptor and its baggage; answer: the session."""
 
@@ -31,7 +31,7 @@ class Attach:
     baggage: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """Call one of the user's hooks with a session; answer: what it returned."""
 
@@ -39,28 +39,28 @@ class Call:
     session: Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tidy:
     """Let the driver bring a returned session into a state in which it may be lent again; answer: nothing. Raises if it cannot."""
 
     session: Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Transfer:
     """Tell the driver that another process used this session since this one did; answer: nothing. Raises if it is no good any more."""
 
     session: Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Close:
     """Let the driver end a session; answer: nothing."""
 
     session: Any
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Receive:
     """Wait for the next message on a line until a moment of the monotonic clock; answer: (message, fd), or None. Raises LineLost."""
 
@@ -68,7 +68,7 @@ class Receive:
     until: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Ended:
     """Wait up to so many seconds until the server ended a connection whose sending side is shut down; answer: did it?"""
 
@@ -76,7 +76,7 @@ class Ended:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pause:
     """Do nothing for so many seconds."""
 

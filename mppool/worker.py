@@ -40,7 +40,9 @@ from mppool.table import (
     R_CLOSED,
     R_LENT,
     R_PID,
+    R_WAIT_US,
     R_WAITING,
+    R_WAITS,
     W_BEAT,
     attach_or_create,
     creation_lock,
@@ -465,8 +467,15 @@ class Worker:
             (self.waiting.add if waits else self.waiting.discard)(hands)
             self.words[self.row.at + R_WAITING] = len(self.waiting)
 
-    def waited(self, seconds: float) -> None:
-        self.bump(R_BUCKETS + wait_bucket(seconds))
+    def count_wait(self, hands: Hands, seconds: float) -> None:
+        """A wait was worth it."""
+        words, at = self.words, self.row.at
+        with self.counting:
+            self.waiting.discard(hands)
+            words[at + R_WAITING] = len(self.waiting)
+            words[at + R_WAITS] += 1
+            words[at + R_WAIT_US] += int(seconds * 1e6)
+            words[at + R_BUCKETS + wait_bucket(seconds)] += 1
 
     # The end.
 

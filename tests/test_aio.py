@@ -15,8 +15,8 @@ import uvloop
 
 import mppool
 from mppool import claims
-from mppool.aio import wake
-from mppool.conversation import settle_abandoned
+from mppool.aio import perform, wake
+from mppool.conversation import connect, settle_abandoned
 from mppool.table import H_WAITERS
 from mppool.worker import Hands
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -457,7 +457,8 @@ def test_what_was_granted_to_a_cancelled_task_is_left_to_the_broker_until_it_has
             waiter = asyncio.ensure_future(pool.getconn())
             while not worker.table.halves[H_WAITERS]:
                 await asyncio.sleep(0.001)
-            await pool.putconn(lent)  # the broker grants it, and the loop does not run meanwhile
+            worker.lines.append(await perform(worker, connect(worker)))  # else putconn() makes one to say it on, and the loop runs meanwhile
+            await pool.putconn(lent)
             eventually(lambda: any(map(claims.is_granted, worker.table.lanes_of(worker.row.index))))
             os.kill(broker.pid, signal.SIGSTOP)
             waiter.cancel()

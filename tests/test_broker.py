@@ -21,7 +21,7 @@ from mppool.kernel.runtime import scope_of
 from mppool.line import Line
 from mppool.table import H_WAITERS, R_CLAIMED, R_PID, W_BEAT
 from mppool.worker import LOOK
-from tests.helpers.leftovers import processes_of
+from tests.helpers.leftovers import names, processes_of
 from tests.helpers.processes import PATIENCE, BrokerProcess, Child, answers, broker_process, eventually, fork
 from tests.helpers.server import Judge, ask
 
@@ -360,6 +360,22 @@ def test_a_killed_keeper_is_replaced(server: Judge, broker: BrokerProcess) -> No
     for session in sessions:
         pool.putconn(session)
     pool.close()
+
+
+def test_a_keeper_that_is_slower_than_the_last_broker_removes_the_names(server: Judge, broker: BrokerProcess) -> None:
+    """The broker does not wait long for it to let go of a pool; then the keeper is the last one out."""
+    with mppool.Pool(server.address, broker=broker.path) as pool:
+        with pool.connection() as sock:
+            ask(sock, "n0")
+        keeper = keeper_of(broker.path)
+        assert keeper is not None
+        table: Any = pool._worker.table  # type: ignore[union-attr]
+        eventually(lambda: any(table.array(table.shared_flag)), what="the keeper has it")
+        keeper.suspend()
+    broker.stop()
+    assert names(broker.path) != []
+    keeper.resume()
+    eventually(lambda: names(broker.path) == [])
 
 
 def test_broker_and_keeper_killed_at_once(server: Judge, broker: BrokerProcess) -> None:
