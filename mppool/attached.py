@@ -18,7 +18,7 @@ from mppool.states import CloseReason, Residence
 
 __all__ = ["Entry"]
 
-ALONE = 2  # references, as sys.getrefcount counts: ours, and that of its argument
+ALONE = 2  # references to a list that only its entry has, as CPython counts them: the entry's, and that of the call that asks
 
 
 class Entry:
