@@ -8,9 +8,9 @@ import socket
 from collections import deque
 from functools import partial
 from typing import Any, TypeVar, overload
-from weakref import WeakSet
 
 from mppool.errors import DialFailed
+from mppool.kernel.remembered import Remembered
 from mppool.options import Target
 
 __all__ = ["FOREVER", "Dialer", "abandon", "addresses", "adopt", "dial_failed", "prepare"]
@@ -31,13 +31,13 @@ class Dialer:
     def __init__(self, target: Target, connect_timeout: float = 10.0) -> None:
         self.target = target
         self.connect_timeout = connect_timeout
-        self._dialed: WeakSet[socket.socket] = WeakSet()
+        self._dialed: Remembered[socket.socket] = Remembered()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_dialed"}  # for a spawned process, which has none of our connections
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _dialed=WeakSet())
+        vars(self).update(state, _dialed=Remembered())
 
     def dial(self) -> socket.socket:
         """A connected socket whose timeout is FOREVER. Raises DialFailed; permanent if the host name does not exist."""

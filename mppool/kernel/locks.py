@@ -12,11 +12,11 @@ import errno
 import fcntl
 import os
 import struct
-import weakref
 from io import FileIO
 
 from mppool.errors import Error
 from mppool.kernel.memory import check_ours, open_file, open_to_us
+from mppool.kernel.remembered import Remembered
 
 __all__ = ["LockFile", "close_in_child"]
 
@@ -70,10 +70,7 @@ class LockFile:
         except BaseException:
             self.close()
             raise
-        for key, reference in list(_opened.items()):
-            if reference() is None:
-                _opened.pop(key, None)
-        _opened[id(self)] = weakref.ref(self)
+        _opened.add(self)
 
     def take(self, byte: int) -> bool:
         """Take the lock of a byte if it is free. Never waits."""
@@ -113,14 +110,12 @@ class LockFile:
         self._file.close()
 
 
-# (Not a WeakSet: what a signal handler throws in its callbacks is swallowed.)
-_opened: dict[int, weakref.ref[LockFile]] = {}
+_opened: Remembered[LockFile] = Remembered()
 _inherited: list[LockFile] = []
 
 
 def close_in_child() -> None:
     """In a forked child: every lock file of the parent, also one that another thread had in hand. Else what it locked stays locked as long as we live."""
-    for reference in list(_opened.values()):
-        lock = reference()
-        if lock is not None and not lock.inherited:
+    for lock in _opened:
+        if not lock.inherited:
             lock.close()

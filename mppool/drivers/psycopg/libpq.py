@@ -17,7 +17,6 @@ import secrets
 import socket
 import struct
 import time
-import weakref
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from psycopg.waiting import Ready, Wait
 from mppool.drivers.dialer import abandon, prepare
 from mppool.drivers.postgres import SSL_REQUEST, greeting_of, refusal_in
 from mppool.errors import ProtocolError
+from mppool.kernel.remembered import Remembered
 
 __all__ = ["Stage", "Waits", "bury", "by_itself", "connected", "forked", "in_time", "offers_tls", "relayed", "remember", "replay"]
 
@@ -42,9 +42,9 @@ KEEPALIVE = {
 C = TypeVar("C")
 Waits = Generator[tuple[int, Wait], Ready, C]
 
-_dialing: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-_made: weakref.WeakSet[psycopg.BaseConnection[Any]] = weakref.WeakSet()
-_stages: weakref.WeakSet[Stage] = weakref.WeakSet()
+_dialing: Remembered[socket.socket] = Remembered()
+_made: Remembered[psycopg.BaseConnection[Any]] = Remembered()
+_stages: Remembered[Stage] = Remembered()
 _unknown: set[object] = set()  # connections that libpq itself is just making
 _numbers = itertools.count(1)
 
@@ -265,11 +265,11 @@ def by_itself(making: Waits[C]) -> Waits[C]:
 
 def forked() -> bool:
     """In a forked child: let go of what other threads of the parent were connecting. False: there was something that only libpq knows."""
-    for sock in list(_dialing):
+    for sock in _dialing:
         abandon(sock)
-    for stage in list(_stages):
+    for stage in _stages:
         stage.close()
-    for conn in list(_made):
+    for conn in _made:
         bury(conn.pgconn)
     unknown = bool(_unknown)
     _unknown.clear()
