@@ -95,5 +95,11 @@ def redis_(the_redis: Server) -> Iterator[Server]:
     eventually(lambda: not the_redis.count(), what="the server has clients left")
 
 
+def pytest_configure() -> None:
+    """A shell starts what is in its background with SIGINT ignored, and all that we start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm-seconds", default=4.0, type=float, help="how long each storm lasts")
