@@ -113,6 +113,19 @@ def test_a_killed_workers_lease_comes_back(server: Judge, broker: BrokerProcess)
     pool.close()
 
 
+def stop_when_granted(pool: mppool.Pool, child: Child) -> None:
+    """The child waits for the only session, and is stopped before it takes up the one that the broker then grants it."""
+    with pool.connection() as sock:
+        ask(sock, "first")
+        table = pool._worker.table  # type: ignore[union-attr]
+        child.tell()
+        eventually(lambda: table.halves[H_WAITERS] == 1)
+        child.kill(signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+    [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
+    eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+
+
 def test_a_killed_waiters_grant_costs_no_session(server: Judge, broker: BrokerProcess) -> None:
     """SIGKILL after the broker's grant, before the waiter took it up: the session was never used, and serves the next."""
     pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
@@ -122,15 +135,7 @@ def test_a_killed_waiters_grant_costs_no_session(server: Judge, broker: BrokerPr
         pool.getconn(timeout=20)
 
     with fork(wait) as (child,):
-        with pool.connection() as sock:
-            ask(sock, "first")
-            table = pool._worker.table  # type: ignore[union-attr]
-            child.tell()
-            eventually(lambda: table.halves[H_WAITERS] == 1)
-            child.kill(signal.SIGSTOP)
-            os.waitpid(child.pid, os.WUNTRACED)
-        [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
-        eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+        stop_when_granted(pool, child)
         child.kill()
         child.wait()
     with pool.connection(timeout=10) as sock:
@@ -161,15 +166,7 @@ def test_a_grant_of_a_broker_that_died_reaches_the_next_though_its_waiter_was_in
         child.hear()
 
     with fork(wait) as (child,):
-        with pool.connection() as sock:
-            ask(sock, "first")
-            table = pool._worker.table  # type: ignore[union-attr]
-            child.tell()
-            eventually(lambda: table.halves[H_WAITERS] == 1)
-            child.kill(signal.SIGSTOP)
-            os.waitpid(child.pid, os.WUNTRACED)
-        [row] = [row for row in table.taken_rows() if table.words[table.row_at(row) + R_PID] == child.pid]
-        eventually(lambda: any(map(is_granted, table.lanes_of(row))))
+        stop_when_granted(pool, child)
         broker.kill()
         child.kill(signal.SIGUSR1)
         child.kill(signal.SIGCONT)

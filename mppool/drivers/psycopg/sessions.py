@@ -134,7 +134,7 @@ class Sessions:
             raise
 
     def expect(self) -> None:
-        """libpq is started while the descriptor is on its way: two thirds of the work of ``attach``."""
+        """libpq is started while the descriptor is on its way: more than half of the work of ``attach`` (55 of 99 us)."""
         if not self._stages:
             try:
                 self._stages.append(Stage(self.stage_arguments()[0]))
