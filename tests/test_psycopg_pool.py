@@ -11,9 +11,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import DictRow
 
 import mppool
-from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from mppool.integrations.psycopg import AsyncConnectionPool, ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from mppool.table import H_WAITERS
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -63,6 +64,13 @@ def test_the_arguments_are_psycopg_pools() -> None:
             assert ours[name].kind == parameter.kind, (method, name)
             if name != "connection_class":  # None is psycopg's own here: the docstring lists that
                 assert ours[name].default == parameter.default, (method, name)
+
+
+def test_annotations_say_what_is_lent() -> None:
+    """``ConnectionPool[Connection[DictRow]]``, as the documentation writes it."""
+    pool: ConnectionPool[psycopg.Connection[DictRow]] = ConnectionPool[psycopg.Connection[DictRow]](open=False, name="typed")
+    assert not pool.closed
+    assert AsyncConnectionPool[psycopg.AsyncConnection[DictRow]] is not None
 
 
 def test_a_block_commits_or_rolls_back(make: Make, database: Database) -> None:
@@ -417,6 +425,9 @@ def test_resize(make: Make, database: Database) -> None:
     eventually(lambda: database.count() <= 1)
     stats = pool.get_stats()
     assert (stats["pool_min"], stats["pool_max"]) == (1, 1)
+    assert (pool.min_size, pool.max_size) == (1, 1)
+    pool.close()
+    assert (pool.min_size, pool.max_size) == (0, 1), "as given"
 
 
 def test_drain(make: Make) -> None:

@@ -6,6 +6,7 @@ libpq does not know where the server really is, so cancelling is ours.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from psycopg import pq
 
 from mppool.drivers.postgres import cancel_request
 from mppool.drivers.psycopg.connecting import Login, movable_gen
+from mppool.drivers.psycopg.conninfo import UNCHECKED
 from mppool.drivers.psycopg.libpq import Waits, bury, in_time
 from mppool.drivers.streams import within
 from mppool.states import Residence
@@ -53,6 +55,12 @@ class Info(psycopg.ConnectionInfo):
         address = self._login.address
         return int(address[1]) if isinstance(address, tuple) else int(address.rpartition(".")[2])
 
+    def get_parameters(self) -> dict[str, str]:
+        """As psycopg's own, with which one could connect again; ``dsn`` is made of it."""
+        place = {"host": self.host, "hostaddr": self.hostaddr, "port": str(self.port)}
+        told = {name: value for name, value in super().get_parameters().items() if name not in place and name not in UNCHECKED}
+        return {**told, **{name: value for name, value in place.items() if value}}
+
 
 class Movable:
     """What is other about a connection of ours: how it connects, and how it cancels."""
@@ -74,6 +82,12 @@ class Movable:
         """Forgotten, not closed: others may have the session. (libpq's own end would say goodbye on it.)"""
         if self._mppool.residence is Residence.moves:
             bury(self.pgconn)
+
+    def __repr__(self) -> str:
+        said = super().__repr__()
+        if self.closed or self._mppool.residence is not Residence.moves:
+            return said
+        return re.sub(r"host=@mppool-\S+ port=1\b", f"host={self.info.host} port={self.info.port}", said, count=1)
 
     @property
     def info(self) -> psycopg.ConnectionInfo:

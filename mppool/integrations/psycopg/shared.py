@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from mppool import errors
 from mppool.drivers.psycopg import AsyncPsycopgDriver, PsycopgDriver
@@ -25,7 +25,16 @@ except ImportError:
 import psycopg
 from psycopg.pq import TransactionStatus
 
-__all__ = ["ConnectFailed", "Hook", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    C = TypeVar("C", default=Any)
+else:
+    from typing import TypeVar
+
+    C = TypeVar("C")  # has no default before Python 3.13
+
+__all__ = ["C", "ConnectFailed", "Hook", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
 
 log = logging.getLogger("mppool")
 
@@ -80,7 +89,7 @@ class Hook:
             raise psycopg.OperationalError(f"connection closed by {self}: discarded")
 
 
-class Shared:
+class Shared(Generic[C]):
     """What both pools are told, and say of themselves."""
 
     _connection_class: type[Any]
@@ -153,11 +162,15 @@ class Shared:
 
     @property
     def min_size(self) -> int:
-        return int(self._pool.options.min_size)
+        return self._size("min_size")
 
     @property
     def max_size(self) -> int:
-        return int(self._pool.options.max_size)
+        return self._size("max_size")
+
+    def _size(self, which: str) -> int:
+        """As it was resized, by whomever; before the first use, and after the last, as it was given."""
+        return int(self._pool.get_stats()[which] if self._pool._worker is not None else getattr(self._pool.options, which))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("timeout", "max_waiting", "max_lifetime", "max_idle", "reconnect_timeout"):
