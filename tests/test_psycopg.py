@@ -518,6 +518,26 @@ def test_cancelling_works_on_adopted_sessions(make: Make, database: Database, ho
     assert database.logins() == 1
 
 
+def test_cancelling_after_the_return_cancels_nobody(make: Make, database: Database) -> None:
+    """A watchdog that comes too late: by then the session is in the middle of another process's statement."""
+    pool = make(kwargs=autocommit())
+    with pool.connection() as mine:
+        pass
+
+    def work(_: Child) -> Any:
+        with pool.connection() as conn:
+            return one(conn, "select 'done' from pg_advisory_lock(7)")
+
+    with psycopg.connect(database.conninfo) as holder:
+        holder.execute("select pg_advisory_xact_lock(7)")
+        with fork(work) as (child,):
+            eventually(lambda: database.ask("select 1 from pg_locks where locktype = 'advisory' and not granted"))
+            mine.cancel()
+            mine.cancel_safe()
+            holder.commit()
+            assert child.result() == "done"
+
+
 def test_ctrl_c_cancels_the_statement(make: Make, database: Database) -> None:
     """SIGINT in the middle of a statement on an adopted session: KeyboardInterrupt, and the server works for nobody."""
     pool = make(kwargs=autocommit())

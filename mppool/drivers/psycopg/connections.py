@@ -98,8 +98,12 @@ class Movable:
         """Cancel the current operation on the connection."""
         if self._mppool.residence is not Residence.moves:
             super().cancel()  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             cancel(self._mppool, None)
+
+    def _may_cancel(self) -> bool:
+        """Not after its return: what the session does then is somebody else's."""
+        return self._should_cancel() and (self._pool is None or self._pool.lends(self))
 
 
 class MovableConnection(Movable):
@@ -118,7 +122,7 @@ class MovableConnection(Movable):
         """Cancel the current operation on the connection, within ``timeout`` seconds."""
         if self._mppool.residence is not Residence.moves:
             super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             cancel(self._mppool, timeout or None)
 
 
@@ -138,7 +142,7 @@ class AsyncMovableConnection(Movable):
         """Cancel the current operation on the connection, within ``timeout`` seconds."""
         if self._mppool.residence is not Residence.moves:
             await super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             await cancel_async(self._mppool, timeout or None)
 
 
