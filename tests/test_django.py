@@ -252,7 +252,7 @@ def test_the_cap_is_for_all_processes_and_threads(project: Project) -> None:
 
 
 def test_what_is_forgotten_comes_back(project: Project) -> None:
-    """A thread that ends without ``close()``, also in a transaction, costs no session, nor does a connection that is dropped; without a pool they are closed."""
+    """A thread that ends without ``close()``, also in a transaction, costs no session, nor does a connection that is dropped."""
 
     def work(connection: Any) -> int:
         from django.db import connections, transaction
@@ -373,6 +373,26 @@ def test_cursors_on_the_server(project: Project) -> None:
         return [whole, int(part), Note.objects.count()]
 
     assert project.run(work) == [50, 0, 50]
+
+
+def test_an_iterator_ends_with_its_connection(project: Project) -> None:
+    """Read on after ``connection.close()`` it is an error, as without a pool: the session may be in another request's hands."""
+
+    def work(connection: Any) -> str:
+        from django.db import OperationalError
+        from notes.models import Note
+
+        Note.objects.bulk_create(Note(author="ann", text=str(n)) for n in range(100))
+        rows = Note.objects.iterator(chunk_size=10)
+        next(rows)
+        connection.close()
+        try:
+            list(rows)
+        except OperationalError as error:
+            return str(error) + str(Note.objects.count())
+        return "read on"
+
+    assert project.run(work) == "the connection is closed100"
 
 
 def test_time_zones_are_read_as_django_wants(project: Project) -> None:

@@ -151,6 +151,23 @@ def test_a_closed_connection_is_replaced(make: Make, caplog: pytest.LogCaptureFi
     assert pool.get_stats()["returns_bad"] == 1
 
 
+def test_after_its_return_a_connection_is_as_a_closed_one(make: Make) -> None:
+    """Also for a cursor on the server that is read on: what it would read may be the answer to another worker. Lent again, it works again."""
+    pool = make(kwargs={"autocommit": True})
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+        cursor = conn.cursor("held", withhold=True)
+        cursor.execute("select generate_series(1, 10)")
+        assert cursor.fetchone() == (1,)
+    for use in (cursor.fetchone, lambda: one(conn, "select 1"), conn.rollback):
+        with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
+            use()
+    with pool.connection() as conn:
+        assert pid_of(conn) == backend
+        assert cursor.fetchone() == (2,)
+        cursor.close()
+
+
 def test_close_returns(make: Make) -> None:
     """With close_returns=True, close() gives the connection back; repeated, and after the return, it does nothing."""
     pool = make(close_returns=True)

@@ -101,6 +101,16 @@ class Movable:
         elif self._may_cancel():
             cancel(self._mppool, None)
 
+    def wait(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg's own, which whatever speaks to the server comes by. Not after the return: a cursor that is read on would take another's answers."""
+        if self._pool is not None and not self._pool.lends(self):
+            raise psycopg.OperationalError("the connection is closed")
+        return super().wait(*arguments, **options)  # type: ignore[misc]
+
+    def _do(self, *arguments: Any) -> Any:
+        """For the pool, while nobody has it."""
+        return super().wait(*arguments)  # type: ignore[misc]
+
     def _may_cancel(self) -> bool:
         """Not after its return: what the session does then is somebody else's."""
         return self._should_cancel() and (self._pool is None or self._pool.lends(self))

@@ -43,7 +43,8 @@ class ConnectionPool(Shared[C]):
     - Connections over TLS stay with their process (``sslmode=disable``, or a Unix socket, lets them move). They count in the cap.
     - ``check`` that closes the connection instead of raising costs that connection, too: a closed one is never lent.
     - ``connection_class=None``, the default, is ``psycopg.Connection``; what is lent is of a subclass of yours.
-    - ``conn.close()`` and ``conn.cancel()`` after the connection was returned do nothing; before, ``close()`` ends the session.
+    - A connection that was returned is as a closed one to whoever still has it, or a cursor of it: OperationalError. ``close()`` and
+      ``cancel()`` do nothing then; before, ``close()`` ends the session.
     - ``min_size`` is dialed by each process that opens the pool, as far as it is missing, and by ``wait()``; not refilled in the background.
 
     Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed: all are psycopg.OperationalError, too.

@@ -209,8 +209,7 @@ class Shared(Generic[C]):
 
     def lends(self, conn: Any) -> bool:
         """Is this connection lent by this pool, in this process, just now?"""
-        worker = self._pool._worker or self._pool._leaving
-        return worker is not None and bool(worker.guard[0]) and id(conn) in worker.leases
+        return bool(self._pool._lends(conn))
 
     def _not_ours(self, conn: Any) -> ValueError:
         other = getattr(conn, "_pool", None)

@@ -66,6 +66,18 @@ class SharedDriver(PsycopgDriver):
             raise DialFailed(str(error), permanent=True) from error.__cause__
 
 
+class Lender:
+    """For psycopg's connection, and cursors that were left open: what is not lent any more is closed, as far as they know."""
+
+    close_returns = False
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def lends(self, connection: Any) -> bool:
+        return self.pool._lends(connection)
+
+
 class Thread(threading.local):
     """What a thread still has when it ends goes back to the pool, as without a pool it is closed: nobody else may use its wrappers."""
 
@@ -121,6 +133,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
             raise self._translated(error) from error
         self._lender = lender
         _thread.end.wrappers.add(self)
+        if connection._pool is None:
+            connection._pool = Lender(lender)
         connection.isolation_level = None if level is None else self.isolation_level
         return connection
 
