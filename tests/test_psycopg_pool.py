@@ -162,6 +162,7 @@ def test_after_its_return_a_connection_is_as_a_closed_one(make: Make) -> None:
     for use in (cursor.fetchone, lambda: one(conn, "select 1"), conn.rollback):
         with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
             use()
+    assert conn.closed
     with pool.connection() as conn:
         assert pid_of(conn) == backend
         assert cursor.fetchone() == (2,)

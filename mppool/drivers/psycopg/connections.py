@@ -69,7 +69,6 @@ class Movable:
     _made: dict[str, Any]  # attributes, when it was made and not yet configured
     _reported: list[bytes | None]  # settings that libpq was told of, when it was configured
     _pool: Any = None  # that has lent it
-    closed: bool
     pgconn: pq.abc.PGconn
     _should_cancel: Callable[[], bool]
 
@@ -101,9 +100,15 @@ class Movable:
         elif self._may_cancel():
             cancel(self._mppool, None)
 
+    @property
+    def closed(self) -> bool:
+        """Also after its return."""
+        return super().closed or not (self._pool is None or self._pool.lends(self))  # type: ignore[misc]
+
     def wait(self, *arguments: Any, **options: Any) -> Any:
         """As psycopg's own, which whatever speaks to the server comes by. Not after the return: a cursor that is read on would take another's answers."""
-        if self._pool is not None and not self._pool.lends(self):
+        pool = self._pool
+        if pool is not None and not pool.lends(self):
             raise psycopg.OperationalError("the connection is closed")
         return super().wait(*arguments, **options)  # type: ignore[misc]
 
@@ -113,7 +118,7 @@ class Movable:
 
     def _may_cancel(self) -> bool:
         """Not after its return: what the session does then is somebody else's."""
-        return self._should_cancel() and (self._pool is None or self._pool.lends(self))
+        return not self.closed and self._should_cancel()
 
 
 class MovableConnection(Movable):

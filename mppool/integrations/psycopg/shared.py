@@ -83,9 +83,10 @@ class Hook:
         pool, conn._pool = conn._pool, None
         try:
             yield
+            closed = conn.closed
         finally:
             conn._pool = pool
-        if conn.closed:
+        if closed:
             raise psycopg.OperationalError(f"connection closed by {self}: discarded")
 
 
