@@ -429,6 +429,22 @@ def test_prepared_statements_do_not_collide(make: Make, on_transfer: str) -> Non
         assert one(conn, "select count(*) from pg_prepared_statements") <= 4, "they pile up"
 
 
+def test_under_trust_who_asks_in_the_block_finds_no_name_taken(make: Make) -> None:
+    """``conn.prepare_threshold`` set after the checkout, in two processes one after the other: the first one's statements are still there."""
+    pool = make(kwargs=autocommit(), on_transfer="trust")
+
+    def prepared(_: Child | None = None) -> int:
+        with pool.connection() as conn:
+            conn.prepare_threshold = 0
+            assert one(conn, f"select %s::int + {os.getpid()}", 1) == 1 + os.getpid()
+            return pid_of(conn)
+
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+    with fork(prepared) as (child,):
+        assert child.result() == prepared() == backend
+
+
 def test_statements_are_not_prepared_unless_asked(make: Make) -> None:
     """prepare_threshold is None by default; with a value, a process that keeps its session finds its statements again."""
     for kwargs, prepared in ((autocommit(), 0), (autocommit(prepare_threshold=0), 1)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import hashlib
+import secrets
 import socket
 import weakref
 from collections import deque
@@ -237,6 +238,8 @@ class Sessions:
         for memory in (prepared._names, prepared._counts, getattr(prepared, "_to_flush", None), getattr(prepared, "_maint_commands", None)):
             if memory is not None:
                 memory.clear()
+        if self.on_transfer == "trust":  # others' statements may be there, and a user may yet set prepare_threshold: no name is taken
+            prepared._prepared_idx = secrets.randbits(48)
         if session._notifies_backlog:
             session._notifies_backlog.clear()
 
