@@ -264,7 +264,7 @@ def test_a_result_that_is_read_on_after_the_return_takes_nobodys_answers(postgre
     with engine.connect() as connection:
         rows = connection.execution_options(stream_results=True, max_row_buffer=5).execute(text("select generate_series(1, 1000)"))
         rows.fetchone()
-        raw = connection.connection.driver_connection
+        raw: Any = connection.connection.driver_connection
     for read in (rows.fetchall, lambda: raw.execute("select 1")):
         with pytest.raises((exc.OperationalError, psycopg.OperationalError), match="the connection is closed"):
             read()
