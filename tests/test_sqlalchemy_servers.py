@@ -269,7 +269,8 @@ def test_a_result_that_is_read_on_after_the_return_takes_nobodys_answers(postgre
         with pytest.raises((exc.OperationalError, psycopg.OperationalError), match="the connection is closed"):
             read()
     with engine.connect() as connection:
-        assert connection.connection.driver_connection is raw
+        again: Any = connection.connection.driver_connection
+        assert again is raw, "not the same connection: nothing was tried"
         assert raw.execute("select 1").fetchone() == (1,)
 
 
