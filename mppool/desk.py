@@ -292,7 +292,7 @@ class Desk:
 
     def serve(self) -> None:
         """Give the waiters, in order, what there is: an idle session, the right to dial, or the place of a session they cannot use."""
-        while self.queue:
+        while self.queue and (self.table.find(State.IDLE) >= 0 or self.permits.may_dial()):
             link = self.queue.head()
             if link.row in self.dead or not self.still_theirs(link) or self.words[link.lane_at]:
                 self.strike(link)  # it is gone, or has used the lane for something else
