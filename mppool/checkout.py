@@ -83,7 +83,8 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     until = began + timeout
     pause = FIRST_POLL
     front = False
-    settle_strays(worker)
+    if worker.resting() < worker.table.lanes:
+        settle_strays(worker)
     if worker.idle and worker.has_endless:
         yield from give_up_idle(hands)
     while True:

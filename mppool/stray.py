@@ -21,7 +21,7 @@ OUTSIDE = ("mppool.kernel.link", "mppool.drivers", "mppool.integrations")  # cal
 
 def settle_strays(worker: Worker) -> None:
     """Nothing to do where other threads run Python: what they are just moving cannot be told from what is lost. (Handlers run in the main thread.)"""
-    if worker.resting() < worker.table.lanes and counted(worker) < worker.table.lanes and is_alone():
+    if counted(worker) < worker.table.lanes and is_alone():
         strays = unaccounted(worker)
         if is_alone():
             for lane in strays:
@@ -29,7 +29,7 @@ def settle_strays(worker: Worker) -> None:
 
 
 def counted(worker: Worker) -> int:
-    """How many lanes are where they belong? Asked before every wait, so cheap; one that is in two places just now may hide a stray until the next."""
+    """How many lanes are where they belong? One that is in two places just now may hide a stray until the next."""
     return worker.resting() + sum(sum(map(hands.holds, hands.taken)) for hands in worker.told() if hands.taken)
 
 
