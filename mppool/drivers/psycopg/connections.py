@@ -84,7 +84,7 @@ class Movable:
 
     def __repr__(self) -> str:
         said = super().__repr__()
-        if self.closed or self._mppool.residence is not Residence.moves:
+        if self._mppool.residence is not Residence.moves:
             return said
         return re.sub(r"host=@mppool-\S+ port=1\b", f"host={self.info.host} port={self.info.port}", said, count=1)
 

@@ -69,14 +69,7 @@ class ConnectionPool(Shared[C]):
 
     def getconn(self, timeout: float | None = None) -> C:
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
-        try:
-            conn: Any = self._pool.getconn(timeout)
-        except errors.Error as error:
-            self._failed(error)
-            raise translated(error) from error.__cause__
-        if conn._pool is not self:
-            conn._pool = self
-        return conn  # type: ignore[no-any-return]
+        return _Lease(self, timeout).__enter__()
 
     def putconn(self, conn: Any) -> None:
         """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
@@ -166,17 +159,25 @@ class _Lease(Generic[C]):
 
     __slots__ = ("_conn", "_pool", "_timeout")
 
+    _conn: Any
+
     def __init__(self, pool: ConnectionPool[C], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
 
     def __enter__(self) -> C:
-        self._conn = self._pool.getconn(self._timeout)
-        return self._conn
+        pool = self._pool
+        try:
+            conn = self._conn = pool._pool.getconn(self._timeout)
+        except errors.Error as error:
+            pool._failed(error)
+            raise translated(error) from error.__cause__
+        if conn._pool is not pool:
+            conn._pool = pool
+        return conn  # type: ignore[no-any-return]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        conn: Any = self._conn
-        pool = self._pool
+        conn, pool = self._conn, self._pool
         if kind is None and conn.pgconn.transaction_status == IDLE and conn._pipeline is None:  # nothing to commit
             try:
                 pool._pool.putconn(conn)
