@@ -32,7 +32,7 @@ CANCELING = 0.5  # seconds that cancelling a statement may take when its session
 def movable(base: type[Any]) -> type[Any]:
     """The user's connection class, able to move."""
     kind = AsyncMovableConnection if issubclass(base, psycopg.AsyncConnection) else MovableConnection
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__doc__": base.__doc__, "_do": base.wait})
 
 
 class Info(psycopg.ConnectionInfo):
@@ -110,11 +110,10 @@ class Movable:
         pool = self._pool
         if pool is not None and not pool.lends(self):
             raise psycopg.OperationalError("the connection is closed")
-        return super().wait(*arguments, **options)  # type: ignore[misc]
+        return self._do(*arguments, **options)
 
-    def _do(self, *arguments: Any) -> Any:
-        """For the pool, while nobody has it."""
-        return super().wait(*arguments)  # type: ignore[misc]
+    _do: Callable[..., Any]
+    """psycopg's own ``wait``, for the pool, while nobody has it."""
 
     def _may_cancel(self) -> bool:
         """Not after its return: what the session does then is somebody else's."""

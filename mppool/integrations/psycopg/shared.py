@@ -99,6 +99,9 @@ class Shared(Generic[C]):
     _hook_class: Callable[[Callable[[Any], Any]], Hook] = Hook
     _pool: Any
 
+    lends: Callable[[Any], bool]
+    """Is this connection lent by this pool, in this process, just now? (An attribute: every statement asks.)"""
+
     def __init__(
         self,
         conninfo: str | Callable[[], str] = "",
@@ -146,6 +149,7 @@ class Shared(Generic[C]):
             reconnect_timeout=reconnect_timeout,
             **options,
         )
+        self.lends = self._pool._lends
         if open:
             self._begin()
 
@@ -207,10 +211,6 @@ class Shared(Generic[C]):
         since = {name: value - self._popped.get(name, 0) if is_counter(name) else value for name, value in found.items()}
         self._popped = found
         return since
-
-    def lends(self, conn: Any) -> bool:
-        """Is this connection lent by this pool, in this process, just now?"""
-        return bool(self._pool._lends(conn))
 
     def _not_ours(self, conn: Any) -> ValueError:
         other = getattr(conn, "_pool", None)

@@ -72,10 +72,7 @@ class Lender:
     close_returns = False
 
     def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    def lends(self, connection: Any) -> bool:
-        return self.pool._lends(connection)
+        self.lends = pool._lends
 
 
 class Thread(threading.local):
