@@ -77,6 +77,11 @@ class Shell:
         worker = self._attached()
         return snapshot(worker.table, worker.lock, worker.row)
 
+    def _lends(self, conn: Any) -> bool:
+        """Is it lent, in this process, just now?"""
+        worker = self._worker or self._leaving
+        return worker is not None and bool(worker.guard[0]) and id(conn) in worker.leases
+
     @property
     def closed(self) -> bool:
         return self._closed

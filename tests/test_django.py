@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import subprocess
@@ -185,6 +186,22 @@ def test_a_database_is_let_go_of_before_it_is_dropped(project: Project) -> None:
     eventually(lambda: project.database.count() == 0)
 
 
+def test_all_aliases_of_a_database_let_go_of_it(project: Project) -> None:
+    """Two aliases of one database have two pools if their OPTIONS differ; the tests runner drops the database by one of them."""
+
+    def work(connection: Any) -> None:
+        other = connection.copy()
+        other.settings_dict["OPTIONS"]["application_name"] = "other"
+        for each in (connection, other):
+            ask(each, PID)
+            each.close()
+        assert project.database.count() == 2
+        connection.close_pool()
+
+    project.run(work)
+    eventually(lambda: project.database.count() == 0)
+
+
 def test_transactions(project: Project) -> None:
     """Commit, rollback, savepoints, on_commit, and an atomic block that ends with a closed connection."""
 
@@ -232,6 +249,32 @@ def test_the_cap_is_for_all_processes_and_threads(project: Project) -> None:
         return ask(connection, PID) and refused[0]
 
     assert "max_size=1, in_use=1" in project.run(work, {"name": "small", "max_size": 1, "timeout": 0.2})
+
+
+def test_what_is_forgotten_comes_back(project: Project) -> None:
+    """A thread that ends without ``close()``, also in a transaction, costs no session, nor does a connection that is dropped."""
+
+    def work(connection: Any) -> int:
+        from django.db import connections, transaction
+
+        pids: list[int] = []
+
+        def use() -> None:
+            transaction.set_autocommit(len(pids) % 2 == 0)
+            pids.append(ask(connections["default"], PID))
+
+        for _ in range(4):
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join()
+        dropped = connection.copy()
+        pids.append(ask(dropped, PID))
+        del dropped
+        gc.collect()
+        assert len(pids) == 5
+        return len({*pids, ask(connection, PID)})
+
+    assert project.run(work, {"name": "forgotten", "max_size": 1, "timeout": 5.0}) == 1
 
 
 def test_a_session_that_died_is_replaced(project: Project) -> None:
@@ -330,6 +373,26 @@ def test_cursors_on_the_server(project: Project) -> None:
         return [whole, int(part), Note.objects.count()]
 
     assert project.run(work) == [50, 0, 50]
+
+
+def test_an_iterator_ends_with_its_connection(project: Project) -> None:
+    """Read on after ``connection.close()`` it is an error, as without a pool: the session may be in another request's hands."""
+
+    def work(connection: Any) -> str:
+        from django.db import OperationalError
+        from notes.models import Note
+
+        Note.objects.bulk_create(Note(author="ann", text=str(n)) for n in range(100))
+        rows = Note.objects.iterator(chunk_size=10)
+        next(rows)
+        connection.close()
+        try:
+            list(rows)
+        except OperationalError as error:
+            return str(error) + str(Note.objects.count())
+        return "read on"
+
+    assert project.run(work) == "the connection is closed100"
 
 
 def test_time_zones_are_read_as_django_wants(project: Project) -> None:

@@ -22,6 +22,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.abc import AdaptContext
+from psycopg.rows import dict_row
+from psycopg.types.string import TextLoader
 
 import mppool
 from mppool.drivers.psycopg import PsycopgDriver
@@ -179,6 +182,22 @@ def test_info_tells_where_the_server_is(make: Make, database: Database) -> None:
         assert child.result() == ["127.0.0.1", database.port, database.name, database.user, True]
 
 
+def test_one_can_connect_again_by_what_info_says(make: Make, database: Database) -> None:
+    """info.dsn, with info.password, leads to the server and not into libpq's private socket; dialed and adopted connections say the same."""
+    pool = make(kwargs={"application_name": "teller", "options": "-c app.marker=mine"})
+
+    def work(_: Child | None = None) -> list[Any]:
+        with pool.connection() as conn:
+            assert f"host=127.0.0.1 port={database.port} user={database.user} database={database.name}" in repr(conn)
+            with psycopg.connect(conn.info.dsn, password=conn.info.password) as again:
+                assert one(again, "select current_setting('app.marker') || current_setting('application_name')") == "mineteller"
+            return [pid_of(conn), conn.info.get_parameters()]
+
+    found = work()
+    with fork(work) as (child,):
+        assert child.result() == found
+
+
 def test_what_connect_was_told_holds_for_adopted_connections(make: Make) -> None:
     """autocommit, row_factory, cursor_factory, connection_class: as in the process that logged in."""
 
@@ -285,6 +304,28 @@ def test_nothing_travels(make: Make, database: Database, on_transfer: str) -> No
         assert one(conn, "select now()").tzinfo == one(fresh, "select now()").tzinfo
 
 
+@pytest.mark.parametrize("on_transfer", ["reset", "always"])
+def test_what_was_made_of_a_connection_here_ends_with_its_reset(make: Make, on_transfer: str) -> None:
+    """Loaders and dumpers, too, are as connect() made them, after another process had the session; under "always" after each return."""
+    pool = make(kwargs={"context": adapting("int8")}, on_transfer=on_transfer)
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+        conn.adapters.register_loader("int4", TextLoader)
+        conn.row_factory = dict_row
+        assert conn.execute("select 1 as x").fetchone() == {"x": "1"}
+    if on_transfer == "reset":
+        marked_in_a_child(pool)
+    with pool.connection() as conn:
+        assert conn.execute("select 1::int4, 1::int8, pg_backend_pid()").fetchone() == (1, "1", backend)
+
+
+def adapting(name: str) -> AdaptContext:
+    """A context in which this type is read as text."""
+    context = psycopg.Connection(psycopg.pq.PGconn.connect_start(b"host=/nowhere"))
+    context.adapters.register_loader(name, TextLoader)
+    return context
+
+
 def test_always_leaves_nothing_for_the_same_process(make: Make) -> None:
     """on_transfer="always" resets at every return; "reset" leaves a process its own settings."""
     for on_transfer, seen in (("always", ""), ("reset", "mine")):
@@ -388,6 +429,22 @@ def test_prepared_statements_do_not_collide(make: Make, on_transfer: str) -> Non
         assert one(conn, "select count(*) from pg_prepared_statements") <= 4, "they pile up"
 
 
+def test_under_trust_who_asks_in_the_block_finds_no_name_taken(make: Make) -> None:
+    """``conn.prepare_threshold`` set after the checkout, in two processes one after the other: the first one's statements are still there."""
+    pool = make(kwargs=autocommit(), on_transfer="trust")
+
+    def prepared(_: Child | None = None) -> int:
+        with pool.connection() as conn:
+            conn.prepare_threshold = 0
+            assert one(conn, f"select %s::int + {os.getpid()}", 1) == 1 + os.getpid()
+            return pid_of(conn)
+
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+    with fork(prepared) as (child,):
+        assert child.result() == prepared() == backend
+
+
 def test_statements_are_not_prepared_unless_asked(make: Make) -> None:
     """prepare_threshold is None by default; with a value, a process that keeps its session finds its statements again."""
     for kwargs, prepared in ((autocommit(), 0), (autocommit(prepare_threshold=0), 1)):
@@ -475,6 +532,26 @@ def test_cancelling_works_on_adopted_sessions(make: Make, database: Database, ho
         timer.join()
         assert one(conn, "select 1") == 1
     assert database.logins() == 1
+
+
+def test_cancelling_after_the_return_cancels_nobody(make: Make, database: Database) -> None:
+    """A watchdog that comes too late: by then the session is in the middle of another process's statement."""
+    pool = make(kwargs=autocommit())
+    with pool.connection() as mine:
+        pass
+
+    def work(_: Child) -> Any:
+        with pool.connection() as conn:
+            return one(conn, "select 'done' from pg_advisory_lock(7)")
+
+    with psycopg.connect(database.conninfo) as holder:
+        holder.execute("select pg_advisory_xact_lock(7)")
+        with fork(work) as (child,):
+            eventually(lambda: database.ask("select 1 from pg_locks where locktype = 'advisory' and not granted"))
+            mine.cancel()
+            mine.cancel_safe()
+            holder.commit()
+            assert child.result() == "done"
 
 
 def test_ctrl_c_cancels_the_statement(make: Make, database: Database) -> None:

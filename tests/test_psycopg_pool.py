@@ -11,9 +11,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import DictRow
 
 import mppool
-from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from mppool.integrations.psycopg import AsyncConnectionPool, ConnectFailed, ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from mppool.table import H_WAITERS
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -63,6 +64,13 @@ def test_the_arguments_are_psycopg_pools() -> None:
             assert ours[name].kind == parameter.kind, (method, name)
             if name != "connection_class":  # None is psycopg's own here: the docstring lists that
                 assert ours[name].default == parameter.default, (method, name)
+
+
+def test_annotations_say_what_is_lent() -> None:
+    """``ConnectionPool[Connection[DictRow]]``, as the documentation writes it."""
+    pool: ConnectionPool[psycopg.Connection[DictRow]] = ConnectionPool[psycopg.Connection[DictRow]](open=False, name="typed")
+    assert not pool.closed
+    assert AsyncConnectionPool[psycopg.AsyncConnection[DictRow]] is not None
 
 
 def test_a_block_commits_or_rolls_back(make: Make, database: Database) -> None:
@@ -141,6 +149,24 @@ def test_a_closed_connection_is_replaced(make: Make, caplog: pytest.LogCaptureFi
     with pool.connection() as conn:
         assert pid_of(conn) != backend
     assert pool.get_stats()["returns_bad"] == 1
+
+
+def test_after_its_return_a_connection_is_as_a_closed_one(make: Make) -> None:
+    """Also for a cursor on the server that is read on: what it would read may be the answer to another worker. Lent again, it works again."""
+    pool = make(kwargs={"autocommit": True})
+    with pool.connection() as conn:
+        backend = pid_of(conn)
+        cursor = conn.cursor("held", withhold=True)
+        cursor.execute("select generate_series(1, 10)")
+        assert cursor.fetchone() == (1,)
+    for use in (cursor.fetchone, lambda: one(conn, "select 1"), conn.rollback):
+        with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
+            use()
+    assert conn.closed
+    with pool.connection() as conn:
+        assert pid_of(conn) == backend
+        assert cursor.fetchone() == (2,)
+        cursor.close()
 
 
 def test_close_returns(make: Make) -> None:
@@ -417,6 +443,9 @@ def test_resize(make: Make, database: Database) -> None:
     eventually(lambda: database.count() <= 1)
     stats = pool.get_stats()
     assert (stats["pool_min"], stats["pool_max"]) == (1, 1)
+    assert (pool.min_size, pool.max_size) == (1, 1)
+    pool.close()
+    assert (pool.min_size, pool.max_size) == (0, 1), "as given"
 
 
 def test_drain(make: Make) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, event, exc, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -254,6 +255,23 @@ def test_sql_errors_cost_no_session(either: Site) -> None:
             connection.execute(text(statement))
     assert either.pid(engine) == first
     assert in_another(lambda: either.pid(engine)) == first
+
+
+@pytest.mark.parametrize("postgres_site", POSTGRES[:1], indirect=True)
+def test_a_result_that_is_read_on_after_the_return_takes_nobodys_answers(postgres_site: Site) -> None:
+    """With psycopg: to a cursor on the server, and to whoever kept the DBAPI connection, it is closed. Lent again, it works again."""
+    engine = postgres_site.engine()
+    with engine.connect() as connection:
+        rows = connection.execution_options(stream_results=True, max_row_buffer=5).execute(text("select generate_series(1, 1000)"))
+        rows.fetchone()
+        raw: Any = connection.connection.driver_connection
+    for read in (rows.fetchall, lambda: raw.execute("select 1")):
+        with pytest.raises((exc.OperationalError, psycopg.OperationalError), match="the connection is closed"):
+            read()
+    with engine.connect() as connection:
+        again: Any = connection.connection.driver_connection
+        assert again is raw, "not the same connection: nothing was tried"
+        assert raw.execute("select 1").fetchone() == (1,)
 
 
 @pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")

@@ -36,7 +36,7 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
 
     async def tidy(self, session: Any) -> None:
         if self.check_tidy(session):
-            await session.rollback()
+            await session._do(session._rollback_gen())
         if self.must_reset(session):
             await self.reset(session)
 
@@ -46,7 +46,7 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
         else:
             self.forget(session)
             if self.must_deallocate(session):
-                await session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
+                await session._do(command(session.pgconn, b"DEALLOCATE ALL"))
         self.is_known(session)
 
     async def set_up(self, session: Any) -> None:
@@ -58,12 +58,12 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
             self.was_set_up(session)
 
     async def reset(self, session: Any) -> None:
-        await session.wait(command(session.pgconn, b"DISCARD ALL"))
+        await session._do(command(session.pgconn, b"DISCARD ALL"))
         self.was_discarded(session)
         await self.set_up(session)
 
     async def ping(self, session: Any) -> None:
-        await session.wait(command(session.pgconn, b""))
+        await session._do(command(session.pgconn, b""))
 
     async def close(self, session: Any) -> None:
         if self.must_cancel(session):

@@ -35,7 +35,7 @@ class PsycopgDriver(Sessions, DriverBase):
 
     def tidy(self, session: Any) -> None:
         if self.check_tidy(session):
-            session.rollback()
+            session._do(session._rollback_gen())
         if self.must_reset(session):
             self.reset(session)
 
@@ -45,7 +45,7 @@ class PsycopgDriver(Sessions, DriverBase):
         else:
             self.forget(session)
             if self.must_deallocate(session):
-                session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
+                session._do(command(session.pgconn, b"DEALLOCATE ALL"))
         self.is_known(session)
 
     def set_up(self, session: Any) -> None:
@@ -55,12 +55,12 @@ class PsycopgDriver(Sessions, DriverBase):
             self.was_set_up(session)
 
     def reset(self, session: Any) -> None:
-        session.wait(command(session.pgconn, b"DISCARD ALL"))
+        session._do(command(session.pgconn, b"DISCARD ALL"))
         self.was_discarded(session)
         self.set_up(session)
 
     def ping(self, session: Any) -> None:
-        session.wait(command(session.pgconn, b""))
+        session._do(command(session.pgconn, b""))
 
     def close(self, session: Any) -> None:
         if self.must_cancel(session):

@@ -6,6 +6,7 @@ libpq does not know where the server really is, so cancelling is ours.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from psycopg import pq
 
 from mppool.drivers.postgres import cancel_request
 from mppool.drivers.psycopg.connecting import Login, movable_gen
+from mppool.drivers.psycopg.conninfo import UNCHECKED
 from mppool.drivers.psycopg.libpq import Waits, bury, in_time
 from mppool.drivers.streams import within
 from mppool.states import Residence
@@ -30,7 +32,7 @@ CANCELING = 0.5  # seconds that cancelling a statement may take when its session
 def movable(base: type[Any]) -> type[Any]:
     """The user's connection class, able to move."""
     kind = AsyncMovableConnection if issubclass(base, psycopg.AsyncConnection) else MovableConnection
-    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return type(base.__name__, (kind, base), {"__module__": base.__module__, "__doc__": base.__doc__, "_do": base.wait})
 
 
 class Info(psycopg.ConnectionInfo):
@@ -53,6 +55,12 @@ class Info(psycopg.ConnectionInfo):
         address = self._login.address
         return int(address[1]) if isinstance(address, tuple) else int(address.rpartition(".")[2])
 
+    def get_parameters(self) -> dict[str, str]:
+        """As psycopg's own, with which one could connect again; ``dsn`` is made of it."""
+        place = {"host": self.host, "hostaddr": self.hostaddr, "port": str(self.port)}
+        told = {name: value for name, value in super().get_parameters().items() if name not in place and name not in UNCHECKED}
+        return {**told, **{name: value for name, value in place.items() if value}}
+
 
 class Movable:
     """What is other about a connection of ours: how it connects, and how it cancels."""
@@ -61,7 +69,6 @@ class Movable:
     _made: dict[str, Any]  # attributes, when it was made and not yet configured
     _reported: list[bytes | None]  # settings that libpq was told of, when it was configured
     _pool: Any = None  # that has lent it
-    closed: bool
     pgconn: pq.abc.PGconn
     _should_cancel: Callable[[], bool]
 
@@ -75,6 +82,12 @@ class Movable:
         if self._mppool.residence is Residence.moves:
             bury(self.pgconn)
 
+    def __repr__(self) -> str:
+        said = super().__repr__()
+        if self._mppool.residence is not Residence.moves:
+            return said
+        return re.sub(r"host=@mppool-\S+ port=1\b", f"host={self.info.host} port={self.info.port}", said, count=1)
+
     @property
     def info(self) -> psycopg.ConnectionInfo:
         moved = self._mppool.residence is Residence.moves
@@ -84,8 +97,27 @@ class Movable:
         """Cancel the current operation on the connection."""
         if self._mppool.residence is not Residence.moves:
             super().cancel()  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             cancel(self._mppool, None)
+
+    @property
+    def closed(self) -> bool:
+        """Also after its return."""
+        return super().closed or not (self._pool is None or self._pool.lends(self))  # type: ignore[misc]
+
+    def wait(self, *arguments: Any, **options: Any) -> Any:
+        """As psycopg's own, which whatever speaks to the server comes by. Not after the return: a cursor that is read on would take another's answers."""
+        pool = self._pool
+        if pool is not None and not pool.lends(self):
+            raise psycopg.OperationalError("the connection is closed")
+        return self._do(*arguments, **options)
+
+    _do: Callable[..., Any]
+    """psycopg's own ``wait``, for the pool, while nobody has it."""
+
+    def _may_cancel(self) -> bool:
+        """Not after its return: what the session does then is somebody else's."""
+        return not self.closed and self._should_cancel()
 
 
 class MovableConnection(Movable):
@@ -104,7 +136,7 @@ class MovableConnection(Movable):
         """Cancel the current operation on the connection, within ``timeout`` seconds."""
         if self._mppool.residence is not Residence.moves:
             super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             cancel(self._mppool, timeout or None)
 
 
@@ -124,7 +156,7 @@ class AsyncMovableConnection(Movable):
         """Cancel the current operation on the connection, within ``timeout`` seconds."""
         if self._mppool.residence is not Residence.moves:
             await super().cancel_safe(timeout=timeout)  # type: ignore[misc]
-        elif self._should_cancel():
+        elif self._may_cancel():
             await cancel_async(self._mppool, timeout or None)
 
 

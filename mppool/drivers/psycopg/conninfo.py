@@ -12,11 +12,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mppool.states import Residence
 
-__all__ = ["effective", "for_adopting", "for_dialing", "place_of", "residence_by"]
+__all__ = ["UNCHECKED", "effective", "for_adopting", "for_dialing", "place_of", "residence_by"]
 
 PLACE = ("host", "hostaddr", "port", "sslmode", "gssencmode", "connect_timeout", "load_balance_hosts", "passfile", "password", "sslnegotiation")
 UNCHECKED = {"channel_binding": "disable", "require_auth": "", "target_session_attrs": "any", "requirepeer": "", "passfile": os.devnull + "/none"}
 """At an adoption there is nothing to check, whatever the environment says."""
+TOLD = ("user", "dbname", "options", "application_name", "fallback_application_name", "client_encoding")
+"""What users may ask libpq for, of an adopted connection, too."""
 
 _known = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 
@@ -63,8 +65,8 @@ def for_dialing(conninfo: str, password: str | None) -> str:
 
 def for_adopting(params: Mapping[str, str]) -> str:
     """The same for a start-up that is shown a login: what libpq tells those who ask, and nothing that it would look up."""
-    told = {name: params[name] for name in ("user", "dbname") if name in params}
-    return make_conninfo("", **told, password="-", **{name: value for name, value in UNCHECKED.items() if name in _known})
+    told = {name: params[name] for name in TOLD if name in params}
+    return make_conninfo("", **told, password=params.get("password") or "-", **{name: value for name, value in UNCHECKED.items() if name in _known})
 
 
 def residence_by(params: Mapping[str, Any], family: int) -> Residence:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import hashlib
+import secrets
 import socket
 import weakref
 from collections import deque
@@ -93,9 +94,12 @@ class Sessions:
 
     def parameters(self) -> dict[str, Any]:
         """Of the connection, with what libpq finds in the environment and in files; no password."""
+        return {name: value for name, value in self.told().items() if name not in SECRET}
+
+    def told(self) -> dict[str, Any]:
+        """The same with the password."""
         conninfo, kwargs = self.arguments()
-        given = make_conninfo(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT})
-        return {name: value for name, value in effective(given).items() if name not in SECRET}
+        return effective(make_conninfo(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT}))
 
     def key(self) -> str:
         said = repr(sorted((name, str(value)) for name, value in self.parameters().items() if name != "connect_timeout"))
@@ -151,7 +155,7 @@ class Sessions:
         """How libpq is started to be shown a greeting, and what psycopg is told besides."""
         if self._shown is None:
             kwargs = self.arguments()[1]
-            self._shown = for_adopting(self.parameters()), {name: kwargs[name] for name in EQUIPMENT if name in kwargs}
+            self._shown = for_adopting(self.told()), {name: kwargs[name] for name in EQUIPMENT if name in kwargs}
         return self._shown
 
     def equip(self, conn: Any, equipment: Mapping[str, Any]) -> None:
@@ -167,13 +171,16 @@ class Sessions:
 
     def note(self, conn: Any) -> None:
         """This is how it was made."""
-        conn._made = {**{name: getattr(conn, name) for name in MADE}, "thresholds": (conn.prepare_threshold, conn.prepared_max)}
+        adapters = conn._adapters and AdaptersMap(conn._adapters)
+        conn._made = {**{name: getattr(conn, name) for name in MADE}, "thresholds": (conn.prepare_threshold, conn.prepared_max), "adapters": adapters}
         conn._reported = reported(conn)
 
     def as_made(self, conn: Any) -> None:
         """What users and ``configure`` did to it here is undone, as far as it is psycopg's."""
         made = dict(conn._made)
         conn.prepare_threshold, conn.prepared_max = made.pop("thresholds")
+        adapters = made.pop("adapters")
+        conn._adapters = adapters and AdaptersMap(adapters)
         vars(conn).update(made)
         conn._notice_handlers.clear()
         conn._notify_handlers.clear()
@@ -237,6 +244,8 @@ class Sessions:
         for memory in (prepared._names, prepared._counts, getattr(prepared, "_to_flush", None), getattr(prepared, "_maint_commands", None)):
             if memory is not None:
                 memory.clear()
+        if self.on_transfer == "trust":  # others' statements may be there, and a user may yet set prepare_threshold: no name is taken
+            prepared._prepared_idx = secrets.randbits(48)
         if session._notifies_backlog:
             session._notifies_backlog.clear()
 

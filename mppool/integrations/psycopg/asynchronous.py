@@ -6,14 +6,14 @@ import logging
 from contextlib import AsyncExitStack
 from inspect import isawaitable
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic
 
 import psycopg
 
 from mppool import errors
 from mppool.aio import AsyncPool
 from mppool.drivers.psycopg import AsyncPsycopgDriver
-from mppool.integrations.psycopg.shared import IDLE, Hook, Shared, translated
+from mppool.integrations.psycopg.shared import IDLE, C, Hook, Shared, translated
 
 __all__ = ["AsyncConnectionPool"]
 
@@ -27,7 +27,7 @@ class AsyncHook(Hook):
             return await said if isawaitable(said) else said
 
 
-class AsyncConnectionPool(Shared):
+class AsyncConnectionPool(Shared[C]):
     """A drop-in for ``psycopg_pool.AsyncConnectionPool``: as ConnectionPool, which says what differs, with psycopg's AsyncConnection."""
 
     _pool: AsyncPool
@@ -39,14 +39,14 @@ class AsyncConnectionPool(Shared):
     _pool_class = AsyncPool
     _hook_class = AsyncHook
 
-    def connection(self, timeout: float | None = None) -> _AsyncLease:
+    def connection(self, timeout: float | None = None) -> _AsyncLease[C]:
         """``async with pool.connection() as conn:`` commits at the end of the block, or rolls back after an exception, and returns the connection."""
         return _AsyncLease(self, timeout)
 
-    async def getconn(self, timeout: float | None = None) -> Any:
+    async def getconn(self, timeout: float | None = None) -> C:
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
         try:
-            conn = await self._pool.getconn(timeout)
+            conn: Any = await self._pool.getconn(timeout)
         except errors.Error as error:
             if isinstance(error, errors.DialFailed) and not error.permanent and self._reconnect_failed is not None:
                 said = self._reconnect_failed(self)
@@ -54,7 +54,7 @@ class AsyncConnectionPool(Shared):
                     await said
             raise translated(error) from error.__cause__
         conn._pool = self
-        return conn
+        return conn  # type: ignore[no-any-return]
 
     async def putconn(self, conn: Any) -> None:
         """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
@@ -125,7 +125,7 @@ class AsyncConnectionPool(Shared):
         """Replace all connections, of all workers: idle ones are closed at once or when they are next met, lent ones after their return."""
         await self._pool.drain()
 
-    async def __aenter__(self) -> AsyncConnectionPool:
+    async def __aenter__(self) -> AsyncConnectionPool[C]:
         await self.open()
         return self
 
@@ -133,21 +133,22 @@ class AsyncConnectionPool(Shared):
         await self.close()
 
 
-class _AsyncLease:
+class _AsyncLease(Generic[C]):
     """A connection for an ``async with`` block."""
 
     __slots__ = ("_conn", "_pool", "_timeout")
 
-    def __init__(self, pool: AsyncConnectionPool, timeout: float | None) -> None:
+    def __init__(self, pool: AsyncConnectionPool[C], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
 
-    async def __aenter__(self) -> Any:
+    async def __aenter__(self) -> C:
         self._conn = await self._pool.getconn(self._timeout)
         return self._conn
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        conn, pool = self._conn, self._pool
+        conn: Any = self._conn
+        pool = self._pool
         if kind is GeneratorExit:  # nothing can be awaited any more
             if pool.lends(conn):
                 pool._pool._drop(conn)

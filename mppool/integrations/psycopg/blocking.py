@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic
 
 import psycopg
 
 from mppool import errors
 from mppool.drivers.psycopg import PsycopgDriver
-from mppool.integrations.psycopg.shared import IDLE, Shared, translated
+from mppool.integrations.psycopg.shared import IDLE, C, Shared, translated
 from mppool.pool import Pool
 
 __all__ = ["ConnectionPool"]
@@ -19,7 +19,7 @@ __all__ = ["ConnectionPool"]
 log = logging.getLogger("mppool")
 
 
-class ConnectionPool(Shared):
+class ConnectionPool(Shared[C]):
     """A drop-in for ``psycopg_pool.ConnectionPool`` whose connections all worker processes of the host share.
 
     The arguments are psycopg_pool's; besides them ``on_transfer`` says what happens to a session that another process used:
@@ -34,6 +34,7 @@ class ConnectionPool(Shared):
     What differs from psycopg_pool:
 
     - ``min_size`` and ``max_size`` are for all workers together; the cap is strict; there are no background workers (``num_workers`` has no meaning).
+    - ``name``: workers that give the same share a pool. Letters, digits and ``. _ : @ + -``, for it is a file's name, too.
     - A pool opens at its first use, in each process anew; made before a fork it works in every child. ``open=True`` opens at once.
     - A server that refuses for good (wrong password, no such database) raises ConnectFailed at once, not PoolTimeout after ``timeout``.
     - ``configure`` is called in each process, when it first has a session, and after each DISCARD ALL: what it sets is always set.
@@ -42,7 +43,8 @@ class ConnectionPool(Shared):
     - Connections over TLS stay with their process (``sslmode=disable``, or a Unix socket, lets them move). They count in the cap.
     - ``check`` that closes the connection instead of raising costs that connection, too: a closed one is never lent.
     - ``connection_class=None``, the default, is ``psycopg.Connection``; what is lent is of a subclass of yours.
-    - ``conn.close()`` after the connection was returned does nothing; before, it ends the session.
+    - A connection that was returned is as a closed one to whoever still has it, or a cursor of it: OperationalError. ``close()`` and
+      ``cancel()`` do nothing then; before, ``close()`` ends the session.
     - ``min_size`` is dialed by each process that opens the pool, as far as it is missing, and by ``wait()``; not refilled in the background.
 
     Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed: all are psycopg.OperationalError, too.
@@ -61,11 +63,11 @@ class ConnectionPool(Shared):
 
     # Connections.
 
-    def connection(self, timeout: float | None = None) -> _Lease:
+    def connection(self, timeout: float | None = None) -> _Lease[C]:
         """``with pool.connection() as conn:`` commits at the end of the block, or rolls back after an exception, and returns the connection."""
         return _Lease(self, timeout)
 
-    def getconn(self, timeout: float | None = None) -> Any:
+    def getconn(self, timeout: float | None = None) -> C:
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
         return _Lease(self, timeout).__enter__()
 
@@ -140,7 +142,7 @@ class ConnectionPool(Shared):
         """Replace all connections, of all workers: idle ones are closed at once or when they are next met, lent ones after their return."""
         self._pool.drain()
 
-    def __enter__(self) -> ConnectionPool:
+    def __enter__(self) -> ConnectionPool[C]:
         self.open()
         return self
 
@@ -152,16 +154,18 @@ class ConnectionPool(Shared):
             self._reconnect_failed(self)
 
 
-class _Lease:
+class _Lease(Generic[C]):
     """A connection for a ``with`` block."""
 
     __slots__ = ("_conn", "_pool", "_timeout")
 
-    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+    _conn: Any
+
+    def __init__(self, pool: ConnectionPool[C], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> C:
         pool = self._pool
         try:
             conn = self._conn = pool._pool.getconn(self._timeout)
@@ -170,7 +174,7 @@ class _Lease:
             raise translated(error) from error.__cause__
         if conn._pool is not pool:
             conn._pool = pool
-        return conn
+        return conn  # type: ignore[no-any-return]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         conn, pool = self._conn, self._pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from mppool import errors
 from mppool.drivers.psycopg import AsyncPsycopgDriver, PsycopgDriver
@@ -25,7 +25,16 @@ except ImportError:
 import psycopg
 from psycopg.pq import TransactionStatus
 
-__all__ = ["ConnectFailed", "Hook", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    C = TypeVar("C", default=Any)
+else:
+    from typing import TypeVar
+
+    C = TypeVar("C")  # has no default before Python 3.13
+
+__all__ = ["C", "ConnectFailed", "Hook", "PoolClosed", "PoolTimeout", "Shared", "TooManyRequests", "translated"]
 
 log = logging.getLogger("mppool")
 
@@ -74,13 +83,14 @@ class Hook:
         pool, conn._pool = conn._pool, None
         try:
             yield
+            closed = conn.closed
         finally:
             conn._pool = pool
-        if conn.closed:
+        if closed:
             raise psycopg.OperationalError(f"connection closed by {self}: discarded")
 
 
-class Shared:
+class Shared(Generic[C]):
     """What both pools are told, and say of themselves."""
 
     _connection_class: type[Any]
@@ -88,6 +98,9 @@ class Shared:
     _pool_class: Callable[..., Any]
     _hook_class: Callable[[Callable[[Any], Any]], Hook] = Hook
     _pool: Any
+
+    lends: Callable[[Any], bool]
+    """Is this connection lent by this pool, in this process, just now? (An attribute: every statement asks.)"""
 
     def __init__(
         self,
@@ -136,6 +149,7 @@ class Shared:
             reconnect_timeout=reconnect_timeout,
             **options,
         )
+        self.lends = self._pool._lends
         if open:
             self._begin()
 
@@ -153,11 +167,15 @@ class Shared:
 
     @property
     def min_size(self) -> int:
-        return int(self._pool.options.min_size)
+        return self._size("min_size")
 
     @property
     def max_size(self) -> int:
-        return int(self._pool.options.max_size)
+        return self._size("max_size")
+
+    def _size(self, which: str) -> int:
+        """As it was resized, by whomever; before the first use, and after the last, as it was given."""
+        return int(self._pool.get_stats()[which] if self._pool._worker is not None else getattr(self._pool.options, which))
 
     def __getattr__(self, name: str) -> Any:
         if name in ("timeout", "max_waiting", "max_lifetime", "max_idle", "reconnect_timeout"):
@@ -193,11 +211,6 @@ class Shared:
         since = {name: value - self._popped.get(name, 0) if is_counter(name) else value for name, value in found.items()}
         self._popped = found
         return since
-
-    def lends(self, conn: Any) -> bool:
-        """Is this connection lent by this pool, in this process, just now?"""
-        worker = self._pool._worker or self._pool._leaving
-        return worker is not None and bool(worker.guard[0]) and id(conn) in worker.leases
 
     def _not_ours(self, conn: Any) -> ValueError:
         other = getattr(conn, "_pool", None)

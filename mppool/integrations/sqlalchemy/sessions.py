@@ -66,7 +66,7 @@ class Record(_ConnectionRecord):
 class Session:
     """What the pool lends: a DBAPI connection and its record. ``client`` is the driver that made the connection."""
 
-    __slots__ = ("client", "connection", "fresh", "login", "loose", "pid", "plain", "pool", "record", "settled", "terminate", "tidied")
+    __slots__ = ("__weakref__", "client", "connection", "fresh", "login", "loose", "pid", "plain", "pool", "record", "settled", "terminate", "tidied")
 
     def __init__(self, client: DriverBase, connection: Any, login: float, pool: Any) -> None:
         self.client = client
@@ -85,6 +85,19 @@ class Session:
     def at_hand(self) -> Any:
         """The DBAPI connection; None if it was detached and is gone."""
         return self.connection if self.loose is None else self.loose()
+
+
+class Lender:
+    """For psycopg's connection, and cursors that were left open: what is not lent any more is closed, as far as they know."""
+
+    close_returns = False
+
+    def __init__(self, session: Session) -> None:
+        self.session = weakref.ref(session)
+
+    def lends(self, _: object) -> bool:
+        session = self.session()
+        return session is not None and bool(session.pool._lends(session))
 
 
 class SessionDriver(DriverBase):
@@ -204,9 +217,12 @@ class SessionDriver(DriverBase):
 
     def settle(self, session: Session) -> None:
         """What "connect" listeners have set is how the engine wants its connections, and nothing to be put right at their return."""
+        inside = self.inside(session.connection)
         settle = getattr(session.client, "settle", None)
         if settle is not None:
-            settle(self.inside(session.connection))
+            settle(inside)
+        if getattr(inside, "_pool", session) is None:
+            inside._pool = Lender(session)
 
     def is_clean(self, session: Session) -> bool:
         if session.loose is not None:

@@ -27,7 +27,11 @@ zones, cursors on the server, errors, threads, forks, and the tests runner, also
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
+import weakref
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 try:
@@ -48,6 +52,7 @@ from mppool.pool import Pool
 
 __all__ = ["DatabaseWrapper"]
 
+Place = tuple[Any, ...]
 OURS = (Options.names() - {"connect_timeout"}) | {"name", "broker", "autostart", "on_transfer"}
 
 
@@ -61,13 +66,42 @@ class SharedDriver(PsycopgDriver):
             raise DialFailed(str(error), permanent=True) from error.__cause__
 
 
+class Lender:
+    """For psycopg's connection, and cursors that were left open: what is not lent any more is closed, as far as they know."""
+
+    close_returns = False
+
+    def __init__(self, pool: Pool) -> None:
+        self.lends = pool._lends
+
+
+class Thread(threading.local):
+    """What a thread still has when it ends goes back to the pool, as without a pool it is closed: nobody else may use its wrappers."""
+
+    def __init__(self) -> None:
+        self.end = End()
+
+
+class End:
+    def __init__(self) -> None:
+        self.wrappers: weakref.WeakSet[DatabaseWrapper] = weakref.WeakSet()
+
+    def __del__(self) -> None:
+        for wrapper in list(self.wrappers):
+            if not wrapper.allow_thread_sharing:
+                wrapper._forgotten()
+
+
+_thread = Thread()
+
+
 class DatabaseWrapper(base.DatabaseWrapper):
     """Django's own, but for where connections come from and go to."""
 
     connection: Any
     creation_class = DatabaseCreation
     pool = None  # Django's own; ours is _shared
-    _pools: ClassVar[dict[tuple[str, str], Pool]] = {}  # of this process, by name and what the driver says of its sessions
+    _pools: ClassVar[dict[tuple[str, Place, str], Pool]] = {}  # of this process, by name, database, and what the driver says of its sessions
     _known: tuple[dict[str, Any], Pool] | None = None  # parameters, and the pool for them
     _lender: Pool | None = None  # of the connection there is
 
@@ -95,6 +129,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
         except Error as error:
             raise self._translated(error) from error
         self._lender = lender
+        _thread.end.wrappers.add(self)
+        if connection._pool is None:
+            connection._pool = Lender(lender)
         connection.isolation_level = None if level is None else self.isolation_level
         return connection
 
@@ -110,15 +147,25 @@ class DatabaseWrapper(base.DatabaseWrapper):
         except Error:
             pass  # forked while it was lent: it is the parent's
 
+    def _forgotten(self) -> None:
+        """With its thread, or by the garbage collector."""
+        if self._lender is not None and not sys.is_finalizing():
+            self._close()
+
+    __del__ = _forgotten
+
     def close_pool(self) -> None:
-        """End all idle sessions to this database, and let go of its pool, before the database is dropped or copied."""
+        """End all idle sessions to this database, and let go of its pools (aliases may have several), before the database is dropped or copied."""
         params = self.get_connection_params()
-        pool = self._shared(params)
-        pool.drain()
+        self._shared(params)
+        pools = [pool for (_, where, _), pool in list(self._pools.items()) if where == place(params) and not pool.closed]
+        for pool in pools:
+            pool.drain()
         until = time.monotonic() + 5
-        while pool.get_stats()["idle"] and time.monotonic() < until:
+        while any(pool.get_stats()["idle"] for pool in pools) and time.monotonic() < until:
             time.sleep(0.01)
-        pool.close()
+        for pool in pools:
+            pool.close()
 
     def ensure_timezone(self) -> bool:
         """Django's own, but that it closes no pool, as Django does since 5.1."""
@@ -138,7 +185,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         on_transfer = given.pop("on_transfer", "reset")
         driver = SharedDriver(kwargs={**params, "autocommit": True}, on_transfer=on_transfer)
         name = given.pop("name", None) or readable(f"{params.get('dbname', '')}@{params.get('host', '')}", digest(driver.key()))
-        key = name, driver.key()  # of another database or login it is ConfigMismatch that is wanted, not the other's pool
+        key = name, place(params), driver.key()  # of another database or login it is ConfigMismatch that is wanted, not the other's pool
         pool = self._pools.get(key)
         if pool is None or pool.closed:
             self._pools.pop(key, None)
@@ -160,3 +207,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         if isinstance(error, (PoolTimeout, TooManyWaiting, DialFailed)):
             return base.Database.OperationalError(str(error))  # type: ignore[no-any-return]
         return error
+
+
+def place(params: Mapping[str, Any]) -> Place:
+    return tuple(params.get(name) for name in ("service", "host", "port", "dbname"))
