@@ -46,7 +46,7 @@ class PsycopgDriver(Sessions, DriverBase):
             self.forget(session)
             if self.must_deallocate(session):
                 session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
-        session._mppool = session._mppool._replace(adopted=False)
+        session._adopted = False
 
     def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""
