@@ -35,7 +35,7 @@ __all__ = ["AlreadyRunning", "Broker", "serve"]
 log = logging.getLogger("mppool.broker")
 
 TICK = 0.1  # seconds
-FINE = 0.01  # seconds; shorter waits are worth a second system call
+FINE = 0.0015  # seconds; shorter waits are worth a second system call
 LEAVE_WITHIN = 3.0  # seconds; the one that asked waits for five
 SHUN = 5.0  # seconds before a pool that was given up is tried again
 STATUS = 1.0  # seconds between two looks at what systemd shows

@@ -36,6 +36,8 @@ __all__ = ["checkout", "timed_out"]
 CALL_AFTER, CALL_AGAIN = 0.5, 5.0  # seconds without a broker until a waiter of a pool with autostart has one started, and between two tries of a process
 FIRST_POLL, LAST_POLL = 0.001, 0.02  # seconds between two looks at the table while there is no broker
 
+IDLE = int(State.IDLE)
+
 Held = tuple[Lane, Entry]
 
 
@@ -53,7 +55,8 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
             worker.bump(R_CLAIMED)
             if (yield from fit(hands, lane, found)):
                 return worker.lend(lane, found)
-        fail_if_closed(worker)
+        if worker.closing:
+            raise closed(worker)
         worker.tidy()
         held = None if worker.must_queue() else (yield from seize(hands))
         if held is None:
@@ -80,23 +83,31 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
     until = began + timeout
     pause = FIRST_POLL
     front = False
-    settle_strays(worker)
-    if worker.idle:
+    if worker.resting() < worker.table.lanes:
+        settle_strays(worker)
+    if worker.idle and worker.has_endless:
         yield from give_up_idle(hands)
     while True:
-        settle_abandoned(hands)
+        if worker.abandoned:
+            settle_abandoned(hands)
         if time.monotonic() >= until:
             raise timed_out(worker, timeout)
-        fail_if_closed(worker)
-        fail_if_down_for_good(worker)
+        if worker.closing:
+            raise closed(worker)
+        if worker.words[W_DOWN_SINCE]:
+            fail_if_down_for_good(worker)
         line = None
-        if not is_crowded(worker):
-            line = yield from connect(worker)
-            call_for_broker(worker, line is None)
-        crowded = is_crowded(worker)  # anew: others may have come meanwhile
-        if line is not None and crowded:
-            worker.lines.append(line)
-            line = None
+        crowded = is_crowded(worker)
+        if not crowded:
+            line = worker.line_at_hand()
+            if line is None:
+                line = yield from connect(worker)
+                crowded = is_crowded(worker)  # anew: others may have come meanwhile
+                if line is not None and crowded:
+                    worker.lines.append(line)
+                    line = None
+                elif worker.autostart:
+                    call_for_broker(worker, line is None)
         if line is None:
             if not (crowded and worker.must_queue()):
                 yield from alone.reclaim(hands)
@@ -122,9 +133,9 @@ def wait(hands: Hands, began: float, timeout: float) -> Story[Held]:
 
 
 def call_for_broker(worker: Worker, missing: bool) -> None:
-    """With autostart: have a broker started where none has been for a while. (One that is being replaced is away for some milliseconds.)"""
+    """Of a pool with autostart: have a broker started where none has been for a while. (One that is being replaced is away for some milliseconds.)"""
     now = time.monotonic()
-    if not missing or not worker.autostart:
+    if not missing:
         worker.call_at = 0.0
     elif not worker.call_at:
         worker.call_at = now + CALL_AFTER
@@ -156,9 +167,8 @@ def timed_out(worker: Worker, timeout: float) -> PoolTimeout:
     return error
 
 
-def fail_if_closed(worker: Worker) -> None:
-    if worker.closing:
-        raise PoolClosed(f"pool {worker.table.text('name')!r} was closed meanwhile")
+def closed(worker: Worker) -> PoolClosed:
+    return PoolClosed(f"pool {worker.table.text('name')!r} was closed meanwhile")
 
 
 def fail_if_down_for_good(worker: Worker) -> None:
@@ -256,7 +266,7 @@ def fit(hands: Hands, lane: Lane, entry: Entry) -> Story[bool]:
         yield from discard(hands, lane, entry, why_expired(worker.words[entry.slot.expires_at]))
         return False
     foreign = worker.driver.minds_transfer and entry.uses + 1 != worker.words[entry.slot.uses_at]
-    if (foreign or worker.options.check is not None) and worker.table.state(k) is State.IDLE:
+    if (foreign or worker.options.check is not None) and worker.mem[entry.slot.state_at] == IDLE:
         worker.table.move(k, State.IN_USE)
     reason = CloseReason.reset_failed
     try:

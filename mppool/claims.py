@@ -72,13 +72,14 @@ class Lane:
     ``sure``: we hold what the lane names, beyond doubt. ``owner`` numbers the story that took the lane last; only that one settles it.
     """
 
-    __slots__ = ("at", "index", "owner", "sure")
+    __slots__ = ("asking", "at", "index", "owner", "sure")
 
     def __init__(self, row: Row, index: int) -> None:
         self.index = index
         self.at = row.lanes_at + index
         self.sure = False
         self.owner = 0
+        self.asking = b""  # what is said to the broker to wait with it, once it has been said
 
 
 def named(word: int) -> int:

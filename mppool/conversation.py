@@ -20,7 +20,7 @@ from mppool.line import Descriptor, Line, LineLost, Received
 from mppool.states import State
 from mppool.story import Attach, Receive, Story
 from mppool.table import R_FETCHES, R_REJECTED, W_BEAT, W_EPOCH
-from mppool.wire import FRONT, MAX_BAGGAGE, RESIDENT, Kind, Message, pack_session, unpack_session
+from mppool.wire import FRONT, MAX_BAGGAGE, RESIDENT, Kind, Message, encode, pack_session, unpack_session
 from mppool.worker import Ahead, Hands, Worker
 
 __all__ = ["attach", "connect", "fetch", "settle_abandoned", "share", "wait_turn"]
@@ -278,7 +278,11 @@ def wait_turn(hands: Hands, line: Line, until: float, front: bool) -> Story[Turn
     asked = False
     try:
         asked = True
-        line.send(Message(Kind.WAIT, lane.index, worker.row.incarnation, FRONT if front else 0))
+        if front:
+            line.send(Message(Kind.WAIT, lane.index, worker.row.incarnation, FRONT))
+        else:
+            lane.asking = lane.asking or encode(Message(Kind.WAIT, lane.index, worker.row.incarnation))
+            line.say(lane.asking)
         while True:
             answer = yield Receive(line, min(until, time.monotonic() + ANSWER))
             if answer is not None:

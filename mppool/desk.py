@@ -91,7 +91,7 @@ class Closing:
 class WorkerLink:
     """The broker's end of a worker's line."""
 
-    __slots__ = ("desk", "granted", "home", "lane_at", "row", "sock")
+    __slots__ = ("desk", "home", "lane_at", "row", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -99,7 +99,6 @@ class WorkerLink:
         self.row = -1
         self.home = 0
         self.lane_at = 0  # where a grant to its waiter is written
-        self.granted = -1  # the slot that its last wait was granted
 
     def send(self, message: Message, fd: int = -1) -> bool:
         try:
@@ -136,6 +135,7 @@ class Desk:
         self.queue: Queue[WorkerLink] = Queue(self.words[W_MAX_WAITING])
         self.links: set[WorkerLink] = set()
         self.rights: dict[WorkerLink, float] = {}
+        self.granted: dict[int, tuple[WorkerLink, int]] = {}  # to whom which slot was granted last in the lane at that place
         self.known: dict[int, dict[int, int]] = {}  # home -> slot -> generation that it has
         self.shown: set[int] = set()  # homes that have shown us all they have
         self.closing: dict[int, Closing] = {}
@@ -182,6 +182,8 @@ class Desk:
         """The line is gone; if its worker died, settle that at once."""
         self.links.discard(link)
         self.rights.pop(link, None)
+        if self.granted.get(link.lane_at, (None,))[0] is link:
+            del self.granted[link.lane_at]
         self.strike(link)
         if link.row not in self.dead:
             self.dying[link.row], self.dying_pause = time.monotonic() + DYING, SOON
@@ -277,7 +279,6 @@ class Desk:
             raise ProtocolError(f"a wait with lane {lane} of incarnation {incarnation}")
         self.strike(link)
         link.lane_at = self.table.lanes_at(link.row) + lane
-        link.granted = -1
         if self.words[link.lane_at]:
             raise ProtocolError(f"a wait with lane {lane}, which names a slot already")
         if not self.queue.join(link, front=front):
@@ -292,7 +293,7 @@ class Desk:
 
     def serve(self) -> None:
         """Give the waiters, in order, what there is: an idle session, the right to dial, or the place of a session they cannot use."""
-        while self.queue:
+        while self.queue and (self.table.find(State.IDLE) >= 0 or self.permits.may_dial()):
             link = self.queue.head()
             if link.row in self.dead or not self.still_theirs(link) or self.words[link.lane_at]:
                 self.strike(link)  # it is gone, or has used the lane for something else
@@ -357,15 +358,15 @@ class Desk:
             known[k] = generation
         else:
             link.send(Message(Kind.GRANT, k, generation))  # it asks for the descriptor, later
-        link.granted = k
+        self.granted[link.lane_at] = link, k
         self.peek_at, self.peek_pause = time.monotonic() + FIRST_PEEK, FIRST_PEEK
         self.lanes.append(lane)
         self.strike(link)
 
     def take_back(self, link: WorkerLink) -> None:
         """Its waiter went away before it heard of our grant, and may not come by for long: the session is idle again."""
-        k, link.granted = link.granted, -1
-        if k >= 0 and claims.is_granted(self.words[link.lane_at]) and claims.named(self.words[link.lane_at]) == k:
+        whose, k = self.granted.get(link.lane_at, (None, -1))
+        if whose is link and claims.is_granted(self.words[link.lane_at]) and claims.named(self.words[link.lane_at]) == k:
             lane, slot = self.lanes.pop(), self.slot(k)
             claims.take_back(self.words, lane, slot, link.lane_at)
             self.table.mem[slot.state_at] = IDLE

@@ -32,10 +32,11 @@ Received = tuple[Message, Descriptor | None]
 class Line:
     """One link to the broker, used for one conversation at a time. Owns its socket."""
 
-    __slots__ = ("epoch", "given_up", "said", "sock", "struck")
+    __slots__ = ("epoch", "given_up", "poll", "said", "sock", "struck")
 
     def __init__(self, path: str) -> None:
         self.sock = link.connect(path)
+        self.poll = link.poller(self.sock.fileno())
         self.epoch = 0
         self.said = self.struck = 0  # how often CANCEL was said; which of them the last STRUCK answered
         self.given_up = False
@@ -82,8 +83,12 @@ class Line:
 
     def send(self, message: Message, fd: int = -1) -> None:
         """Raises LineLost if the broker is gone or so far behind that its queue is full."""
+        self.say(encode(message, 1 if fd >= 0 else 0), fd)
+
+    def say(self, data: bytes, fd: int = -1) -> None:
+        """The same with a message as bytes."""
         try:
-            link.send(self.sock, encode(message, 1 if fd >= 0 else 0), fd)
+            link.send(self.sock, data, fd)
         except OSError as error:
             self.close()
             raise LineLost from error

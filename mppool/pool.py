@@ -80,7 +80,7 @@ class Pool(Shell):
         if worker is None or not worker.guard[0]:
             worker = self._enter()
         if timeout is not None:
-            check_timeout(timeout, 0)
+            timeout = check_timeout(timeout, 0)
         words = worker.words
         ready = hands = None
         try:
@@ -106,7 +106,7 @@ class Pool(Shell):
                             worker.leases[id(conn)] = ready
                             return conn
             hands = Hands(worker, ready[1] if ready is not None else None)
-            conn = perform(worker, checkout(hands, check_timeout(timeout, self.options.timeout), ready[0] if ready is not None else None))
+            conn = perform(worker, checkout(hands, self.options.timeout if timeout is None else timeout, ready[0] if ready is not None else None))
             hands.done()
             return conn
         except BaseException as error:
@@ -270,7 +270,7 @@ def perform(worker: Worker, story: Story[T]) -> T:
         request = story.send(None)
         while True:
             try:
-                answer = do(worker, request)
+                answer = receive(request) if type(request) is Receive else do(worker, request)
             except BaseException as error:
                 request = story.throw(error)
             else:
@@ -280,6 +280,8 @@ def perform(worker: Worker, story: Story[T]) -> T:
 
 
 def do(worker: Worker, request: Request) -> Any:
+    if isinstance(request, Transfer):
+        return worker.driver.transferred(request.session)
     if isinstance(request, Receive):
         return receive(request)
     if isinstance(request, Pause):
@@ -290,8 +292,6 @@ def do(worker: Worker, request: Request) -> Any:
         return worker.driver.attach(request.fd, request.baggage)
     if isinstance(request, Tidy):
         return worker.driver.tidy(request.session)
-    if isinstance(request, Transfer):
-        return worker.driver.transferred(request.session)
     if isinstance(request, Call):
         return request.function(request.session)
     if isinstance(request, Close):
@@ -300,8 +300,9 @@ def do(worker: Worker, request: Request) -> Any:
 
 
 def receive(request: Receive) -> Any:
-    while link.wait_readable(request.line.sock.fileno(), request.until - time.monotonic()):
-        answer = request.line.receive()
+    line, until = request.line, request.until
+    while line.poll(max(0.0, until - time.monotonic()) * 1000):
+        answer = line.receive()
         if answer is not None:
             return answer
     return None

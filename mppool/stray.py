@@ -29,9 +29,8 @@ def settle_strays(worker: Worker) -> None:
 
 
 def counted(worker: Worker) -> int:
-    """How many lanes are where they belong? Asked before every wait, so cheap; one that is in two places just now may hide a stray until the next."""
-    found = len(worker.lanes) + len(worker.idle) + len(worker.leases) + len(worker.unfinished) + len(worker.limbo) + len(worker.abandoned)
-    return found + sum(sum(map(hands.holds, hands.taken)) for hands in worker.told() if hands.taken)
+    """How many lanes are where they belong? One that is in two places just now may hide a stray until the next."""
+    return worker.resting() + sum(sum(map(hands.holds, hands.taken)) for hands in worker.told() if hands.taken)
 
 
 def unaccounted(worker: Worker) -> list[Lane]:

@@ -186,6 +186,7 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
+        self.has_endless = False  # sessions that nobody can end from outside: has one ever been ours?
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
         self.ready = self.idle if options.check is None and not options.debug else deque[Ready]()
@@ -231,6 +232,7 @@ class Worker:
         """Keep a session that we hold, as dialed or fetched. Error if there is no room for a descriptor; then it is not kept."""
         entry = Entry(self.slot(k), self.words[self.generation_at + k], self.words[self.table.uses + k], conn, self.driver.fileno(conn))
         entry.residence = self.driver.residence(conn)
+        self.has_endless = self.has_endless or entry.sock is None
         older = self.entries.get(k)
         if older is not None:
             self.forget(older)
@@ -407,7 +409,8 @@ class Worker:
 
     def tidy(self) -> None:
         """What earlier interruptions left, as far as it can be settled now."""
-        self.finish()
+        if self.unfinished:
+            self.finish()
         for k, ahead in list(self.ahead.items()):
             if ahead.generation != self.words[self.generation_at + k]:
                 self.drop_ahead(k)
@@ -431,7 +434,7 @@ class Worker:
 
     def must_queue(self) -> bool:
         """Is somebody waiting before us? The word means nothing without a broker."""
-        return bool(self.table.halves[H_WAITERS]) and self.broker_beats()
+        return bool(self.table.halves[H_WAITERS]) and time.monotonic_ns() - self.words[W_BEAT] < SILENT
 
     def may_overtake(self) -> bool:
         """Others wait: may we take the session again that we gave back last? Yes, while our turn with it lasts.
@@ -455,6 +458,13 @@ class Worker:
         self.returned_at = now = time.monotonic_ns()
         prompt, self.prompt = self.prompt, False
         return prompt and now - self.words[entry.slot.since_at] < TURN
+
+    def line_at_hand(self) -> Line | None:
+        """A line to a broker that is well, which nobody uses and on which nothing is owed. Put it back into ``lines`` after use."""
+        try:
+            return self.lines.pop() if not self.owes and self.broker_beats() else None
+        except IndexError:
+            return None
 
     def look(self) -> bool:
         """Tell the broker that something became free, if somebody waits for it. False: there is no line to say it on."""
@@ -526,8 +536,11 @@ class Worker:
 
     def is_quiet(self) -> bool:
         """Is nothing lent, no story in progress, and every lane where it belongs?"""
-        resting = len(self.lanes) + len(self.idle) + len(self.unfinished) + len(self.limbo) + len(self.abandoned)
-        return not self.leases and not self.told() and resting == self.table.lanes
+        return not self.leases and not self.told() and self.resting() == self.table.lanes
+
+    def resting(self) -> int:
+        """How many lanes are where they belong, those in the hands of stories left out. (One that is in two places just now counts twice.)"""
+        return len(self.lanes) + len(self.idle) + len(self.leases) + len(self.unfinished) + len(self.limbo) + len(self.abandoned)
 
     def told(self) -> list[Hands]:
         """The hands of the stories in progress."""

@@ -3,9 +3,10 @@
     scripts/bench postgres [--workers N] [--sessions N]... [--seconds S] [--rounds N] [--logins N] [--json]
 
 Every worker is a process that runs one transaction after the other through psycopg: a *select* of one row by its key (autocommit), or a
-*transaction* of an update, a select and an insert. *direct* keeps a connection a worker, so it is there only where there are as many
-sessions as workers. PgBouncer pools transactions; its clients stay connected. Ours checks out for each transaction, resetting
-(DISCARD ALL) sessions that another worker used, or trusting. Logins are by SCRAM. Rounds take the variants in turn; medians are shown.
+*transaction* of an update, a select and an insert. *direct* keeps a connection a worker, and *psycopg_pool* a pool of one in each, so
+they are there only where there are as many sessions as workers. PgBouncer pools transactions; its clients stay connected. Ours checks
+out for each transaction, as does psycopg_pool, resetting (DISCARD ALL) sessions that another worker used, or trusting. Logins are by
+SCRAM. Rounds take the variants in turn; medians are shown.
 
 CPU is that of workers and pooler (not the server's) for each transaction. All of it runs on one machine: compare ratios.
 """
@@ -28,12 +29,14 @@ from typing import Any
 
 import psutil
 import psycopg
+import psycopg_pool
 from bench_servers import Skipped, broker, dies_with_parent, pgbouncer, postgres, private_directory
 
 from mppool.integrations.psycopg import ConnectionPool
 
 ROWS = 10_000
 PASSWORD = "bench-secret"
+AUTOCOMMIT = {"autocommit": True, "prepare_threshold": None}
 Transact = Callable[[], None]
 
 
@@ -67,7 +70,7 @@ def connected(conninfo: str, work: Callable[[Any], None]) -> Transact:
     return lambda: work(conn)
 
 
-def pooled(pool: ConnectionPool, work: Callable[[Any], None]) -> Transact:
+def pooled(pool: Any, work: Callable[[Any], None]) -> Transact:
     def one() -> None:
         with pool.connection() as conn:
             work(conn)
@@ -166,6 +169,9 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
         if name == "direct":
             yield lambda: connected(conninfo, work), []
             return
+        if name == "psycopg_pool":
+            yield lambda: pooled(psycopg_pool.ConnectionPool(conninfo, kwargs=AUTOCOMMIT, min_size=1, max_size=1, open=True), work), []
+            return
         directory = stack.enter_context(private_directory())
         if name == "pgbouncer":
             front, pid = stack.enter_context(pgbouncer(directory, conninfo, sessions))
@@ -173,7 +179,7 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
             return
         path = f"{directory}/broker.sock"
         pid = stack.enter_context(broker(path))
-        options: dict[str, Any] = {"kwargs": {"autocommit": True}, "min_size": 0, "max_size": sessions, "max_dialing": 4, "broker": path}
+        options: dict[str, Any] = {"kwargs": AUTOCOMMIT, "min_size": 0, "max_size": sessions, "max_dialing": 4, "broker": path}
         pool = ConnectionPool(conninfo, on_transfer=name.removeprefix("mppool "), **options)
         yield lambda: pooled(pool, work), [pid]
 
@@ -254,7 +260,7 @@ def main() -> None:
 def compare(conninfo: str, sessions: int, workload: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     names = ["pgbouncer", "mppool reset", "mppool trust"]
     if sessions >= options.workers:
-        names.insert(0, "direct")
+        names[:0] = ["direct", "psycopg_pool"]
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in random.sample(names, len(names)):

@@ -12,12 +12,13 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from mppool.errors import BrokerUnavailable, ProtocolError
 from mppool.kernel.runtime import distrust
 
-__all__ = ["MAX_MESSAGE", "connect", "has_ended", "listen", "receive", "send", "send_beyond", "wait_readable"]
+__all__ = ["MAX_MESSAGE", "connect", "has_ended", "listen", "poller", "receive", "send", "send_beyond", "wait_readable"]
 
 MAX_MESSAGE = 66 * 1024  # 64 KiB of baggage and a header; SO_SNDBUF is larger
 _ROOM = socket.CMSG_LEN(16 * 4)  # for more than the one we expect: extra descriptors are seen and closed, not lost
@@ -139,6 +140,11 @@ def has_ended(sock: _socket.socket) -> bool:
 
 def wait_readable(fd: int, seconds: float) -> bool:
     """Wait for bytes, the end or an error. Signal handlers run meanwhile, and what they raise goes through."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
-    return bool(poller.poll(min(max(0.0, seconds), 1e6) * 1000))
+    return bool(poller(fd)(min(max(0.0, seconds), 1e6) * 1000))
+
+
+def poller(fd: int) -> Callable[[float], list[tuple[int, int]]]:
+    """What waits for the same, milliseconds; for who waits on the same descriptor again and again."""
+    made = select.poll()
+    made.register(fd, select.POLLIN | select.POLLPRI | select.POLLRDHUP)
+    return made.poll

@@ -29,7 +29,7 @@ from mppool.table import (
     W_MIN_SIZE,
     W_SLOTS,
 )
-from mppool.wire import Kind, Message, encode
+from mppool.wire import GIVEN_UP, Kind, Message, encode
 from tests.fuzz.frames import Frame
 from tests.fuzz.links import RawLink
 from tests.fuzz.rig import Ground, Seat
@@ -118,6 +118,32 @@ def test_two_waits_with_one_lane_lose_no_session(server: Judge, broker: BrokerPr
     for session in again:
         pool.putconn(session)
     for raw in links:
+        raw.close()
+    seat.die()
+    ground.close()
+    pool.close()
+
+
+def test_giving_up_an_earlier_wait_takes_nothing_from_a_later_one(server: Judge, broker: BrokerProcess) -> None:
+    """A line whose wait was over long ago gives up: what its lane was granted since, to a wait on another line, stays granted."""
+    pool = mppool.Pool(server.address, max_size=1, name="p", broker=broker.path)
+    pool.putconn(pool.getconn())
+    ground = Ground(broker.path, "p", server.port)
+    eventually(lambda: ground.table.array(ground.table.shared_flag)[:1] == [1])
+    seat = Seat(ground)
+    earlier, later = (RawLink(broker.path, ground) for _ in range(2))
+    for raw in (earlier, later):
+        raw.hello(seat)
+        assert raw.await_answer(Kind.WELCOME)
+        raw.ask(Kind.WAIT, Frame(encode(Message(Kind.WAIT, 0, seat.row.incarnation))))
+        assert raw.await_answer(Kind.GRANT)
+        if raw is earlier:
+            seat.sweep()
+    earlier.ask(Kind.CANCEL, Frame(encode(Message(Kind.CANCEL, flags=GIVEN_UP))))
+    assert earlier.await_answer(Kind.STRUCK)
+    assert seat.accept(0) == 0
+    seat.release(0)
+    for raw in (earlier, later):
         raw.close()
     seat.die()
     ground.close()

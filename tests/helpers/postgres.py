@@ -22,8 +22,7 @@ __all__ = ["Database", "Login", "Postgres", "needs_postgres", "postgres"]
 
 ADMIN_PASSWORD = "admin-secret"
 OPTIONS = {
-    "fsync": "off",
-    "synchronous_commit": "off",
+    "fsync": "off",  # what it writes survives it, if not the machine; commits do write, or a restart could undo the role a test has just made
     "full_page_writes": "off",
     "shared_buffers": "32MB",
     "max_connections": "60",

@@ -47,7 +47,7 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
             self.forget(session)
             if self.must_deallocate(session):
                 await session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
-        session._adopted = False
+        self.is_known(session)
 
     async def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""

@@ -46,7 +46,7 @@ class PsycopgDriver(Sessions, DriverBase):
             self.forget(session)
             if self.must_deallocate(session):
                 session.wait(command(session.pgconn, b"DEALLOCATE ALL"))
-        session._adopted = False
+        self.is_known(session)
 
     def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""

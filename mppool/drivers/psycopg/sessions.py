@@ -193,13 +193,14 @@ class Sessions:
 
     def is_clean(self, session: Any) -> bool:
         """Idle, no pipeline, no notifications left, none being waited for."""
+        pgconn = session.pgconn
         return (
-            session.pgconn.transaction_status == IDLE
+            pgconn.transaction_status == IDLE
             and session._pipeline is None
             and session._tpc is None
             and not session._notifies_backlog
             and session._notifies_backlog is not None
-            and (self.on_transfer != "trust" or reported(session) == session._reported)
+            and (self.on_transfer != "trust" or list(map(pgconn.parameter_status, REMEMBERED)) == session._reported)  # as ``reported``
         )
 
     def check_tidy(self, session: Any) -> bool:
@@ -217,6 +218,10 @@ class Sessions:
     def begins_anew(self, session: Any) -> bool:
         """At a transfer. One that is to be configured in a process that never had it is reset first: it would not be told of what others configured already."""
         return self.on_transfer == "reset" or bool(session._adopted and self.configure is not None)
+
+    def is_known(self, session: Any) -> None:
+        """After a transfer: this process has it configured, if it is to be."""
+        session._adopted = False
 
     def must_deallocate(self, session: Any) -> bool:
         """Statements that others prepared may have the names that psycopg would use here."""

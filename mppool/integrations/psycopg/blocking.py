@@ -67,14 +67,7 @@ class ConnectionPool(Shared):
 
     def getconn(self, timeout: float | None = None) -> Any:
         """Obtain a connection; give it back with ``putconn``. Raises PoolTimeout, TooManyRequests, PoolClosed, ConnectFailed."""
-        try:
-            conn = self._pool.getconn(timeout)
-        except errors.Error as error:
-            self._failed(error)
-            raise translated(error) from error.__cause__
-        if conn._pool is not self:
-            conn._pool = self
-        return conn
+        return _Lease(self, timeout).__enter__()
 
     def putconn(self, conn: Any) -> None:
         """Return a connection. In a transaction it is rolled back, in the middle of something closed. ValueError if it is not lent by this pool."""
@@ -169,8 +162,15 @@ class _Lease:
         self._timeout = timeout
 
     def __enter__(self) -> Any:
-        self._conn = self._pool.getconn(self._timeout)
-        return self._conn
+        pool = self._pool
+        try:
+            conn = self._conn = pool._pool.getconn(self._timeout)
+        except errors.Error as error:
+            pool._failed(error)
+            raise translated(error) from error.__cause__
+        if conn._pool is not pool:
+            conn._pool = pool
+        return conn
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         conn, pool = self._conn, self._pool
