@@ -203,19 +203,32 @@ def take_idle(hands: Hands) -> Story[Held | None]:
 
 
 def take(hands: Hands, k: int) -> Story[Held | None]:
-    """Claim slot k if it is idle, attach its session if need be, and look whether it is fit."""
+    """Claim slot k if it is idle, attach its session if need be, and look whether it is fit.
+
+    A session that this process never had is asked for before it is claimed: the broker is at work meanwhile.
+    """
     worker = hands.worker
-    lane, slot = hands.take(), worker.slot(k)
-    if not hands.claim(lane, slot):
-        hands.give(lane)
-        return None
-    if worker.table.state(k) is not State.IDLE:
-        claims.release(worker.words, lane, slot)
-        hands.give(lane)
-        return None
-    entry = worker.attached(k) or (yield from fetch(worker, k))
+    lane = hands.take()
+
+    def hold() -> bool:
+        slot = worker.slot(k)
+        if not hands.claim(lane, slot):
+            return False
+        if worker.table.state(k) is not State.IDLE:
+            claims.release(worker.words, lane, slot)
+            return False
+        return True
+
+    entry = None
+    if worker.attached(k) is None:
+        entry = yield from fetch(worker, k, hold)
+    elif hold():
+        entry = worker.attached(k) or (yield from fetch(worker, k))
     if entry is None:
-        worker.pass_over(lane)
+        if lane.sure:
+            worker.pass_over(lane)
+        else:
+            hands.give(lane)
         return None
     worker.unlist(entry)
     return (lane, entry) if (yield from fit(hands, lane, entry)) else None

@@ -59,7 +59,7 @@ class Slot:
         self.since_at = table.since + k
         self.expires_at = table.expires + k
         self.state_at = table.states_byte + k
-        self.trying, self.held, self.granted = (k << 3 | kind for kind in (TRYING, HELD, GRANTED))
+        self.trying, self.held, self.granted = k << 3 | TRYING, k << 3 | HELD, k << 3 | GRANTED
 
     def close(self) -> None:
         """The semaphore is unmapped: no thread of this process may use the slot any more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mppool import claims
@@ -16,10 +17,11 @@ from mppool.attached import Entry
 from mppool.claims import Lane, named
 from mppool.errors import BrokerUnavailable, Error, TooManyWaiting
 from mppool.line import Descriptor, Line, LineLost, Received
+from mppool.states import State
 from mppool.story import Attach, Receive, Story
 from mppool.table import R_FETCHES, R_REJECTED, W_BEAT, W_EPOCH
 from mppool.wire import FRONT, MAX_BAGGAGE, RESIDENT, Kind, Message, encode, pack_session, unpack_session
-from mppool.worker import Hands, Worker
+from mppool.worker import Ahead, Hands, Worker
 
 __all__ = ["attach", "connect", "fetch", "settle_abandoned", "share", "wait_turn"]
 
@@ -27,6 +29,8 @@ log = logging.getLogger("mppool")
 
 ANSWER = 1.0  # seconds within which a living broker answers
 LOOK_AGAIN = 0.05  # seconds between two tries to find a broker
+AHEAD = 3  # sessions that are fetched along with the one that is wanted; few, as descriptors on their way are limited
+AHEAD_WITHIN = 0.02  # seconds that they may take once that one is here: it is waited for
 NEVER = -2  # in Entry.uses: this process has not used the session yet
 
 
@@ -82,9 +86,13 @@ def hello(worker: Worker) -> Message:
 
 def show(worker: Worker, line: Line) -> None:
     """Give the broker the duplicates it lacks: all if it is new, else those that were lost on their way. Raises LineLost."""
+    words, table = worker.words, worker.table
     for entry in list(worker.entries.values()):
         if entry.generation == worker.words[worker.generation_at + entry.slot.k]:
             send_duplicate(worker, line, entry)
+    for k, ahead in list(worker.ahead.items()):
+        if words[table.shared_flag + k] != ahead.generation + 1 and words[worker.generation_at + k] == ahead.generation:
+            line.send(Message(Kind.SHARE, k, ahead.generation, body=ahead.body), ahead.given.fileno())
     worker.owes = False
     if worker.shown_epoch != line.epoch:
         line.send(Message(Kind.SHOWN))
@@ -143,31 +151,91 @@ def leave_duplicate(worker: Worker, entry: Entry) -> None:
             line.close()
 
 
-def fetch(worker: Worker, k: int) -> Story[Entry | None]:
-    """A session that we hold but have never had: get a duplicate from the broker and attach it. None if that cannot be."""
+def holding() -> bool:
+    return True
+
+
+def fetch(worker: Worker, k: int, hold: Callable[[], bool] = holding) -> Story[Entry | None]:
+    """A session that this process never had: get a duplicate from the broker, or take the one that came along with another's, and attach it.
+
+    We hold slot k; or ``hold`` is called to get it while the broker is at work, and says if we do. (Another thread may have attached it just before.)
+    None if it cannot be; whether we hold the slot then, ``hold`` knows.
+    """
+    ahead = worker.ahead.pop(k, None)
+    if ahead is not None:
+        if not hold():
+            worker.keep_ahead(k, ahead)
+            return None
+        entry = worker.attached(k)
+        if entry is None and ahead.generation == worker.words[worker.generation_at + k]:
+            return (yield from attach(worker, k, ahead.given, ahead.body))
+        ahead.given.close()
+        if entry is not None:
+            return entry
+        hold = holding  # another session is there by now
     line = yield from connect(worker)
     if line is None:
         return None
-    done = False
+    entry = None
+    asked: list[tuple[int, int]] = []
     try:
-        line.send(Message(Kind.FETCH, k, worker.words[worker.generation_at + k]))
-        worker.driver.expect()  # while the broker is at work
-        answer = yield Receive(line, time.monotonic() + ANSWER)
-        if answer is None:
-            return None
-        done = True
-        message, given = answer
-        if message.kind is not Kind.SESSION or given is None or message.number != k:
-            return None
-        worker.bump(R_FETCHES)
-        return (yield from attach(worker, k, given, message.body))
+        ask(worker, line, k, asked)
+        held = hold()
+        entry = worker.attached(k) if held else None
+        if held and entry is None:
+            ask_ahead(worker, line, k, asked)
+            worker.driver.expect()
+        until = time.monotonic() + ANSWER
+        ahead = understand_session(worker, line.receive() or (yield Receive(line, until)), asked)
+        if ahead is not None and held and entry is None:
+            entry = yield from attach(worker, k, ahead.given, ahead.body)
+        elif ahead is not None:
+            worker.keep_ahead(k, ahead)
+        until = min(until, time.monotonic() + AHEAD_WITHIN)
+        while asked:
+            k, _ = asked[0]
+            ahead = understand_session(worker, line.receive() or (yield Receive(line, until)), asked)
+            if ahead is not None:
+                worker.keep_ahead(k, ahead)
+        return entry
     except LineLost:
-        return None
+        return entry
     finally:
-        if done:
-            worker.lines.append(line)
-        else:
+        if asked:
             line.close()  # a late answer must not be taken for the next one
+        else:
+            worker.lines.append(line)
+
+
+def ask(worker: Worker, line: Line, k: int, asked: list[tuple[int, int]]) -> None:
+    """FETCH; in ``asked`` are the slot and the generation until the answer has come."""
+    asked.append((k, worker.words[worker.generation_at + k]))
+    line.send(Message(Kind.FETCH, *asked[-1]))
+
+
+def ask_ahead(worker: Worker, line: Line, k: int, asked: list[tuple[int, int]]) -> None:
+    """The next idle sessions, if this process never had them: while the broker is awake, an answer costs less than asking for each when it is wanted."""
+    table, words = worker.table, worker.words
+    for _ in range(AHEAD):
+        k = table.find(State.IDLE, k + 1)
+        if k < 0:
+            break
+        if k not in worker.ahead and words[table.shared_flag + k] == words[table.generation + k] + 1 and worker.attached(k) is None:
+            ask(worker, line, k, asked)
+
+
+def understand_session(worker: Worker, answer: Received | None, asked: list[tuple[int, int]]) -> Ahead | None:
+    """The answer to the FETCH that was sent first, None if it is no session. Raises LineLost if it has not come."""
+    if answer is None:
+        raise LineLost
+    message, given = answer
+    k, generation = asked.pop(0)
+    if given is not None and message.kind is Kind.SESSION and (message.number, message.serial) == (k, generation):
+        worker.bump(R_FETCHES)
+        return Ahead(generation, given, message.body)
+    if given is not None:
+        given.close()
+    return None
 
 
 def attach(worker: Worker, k: int, given: Descriptor, body: bytes) -> Story[Entry | None]:

@@ -188,8 +188,8 @@ class Table:
 
     def state(self, k: int) -> State:
         try:
-            return State(self.mem[self.states_byte + k])
-        except ValueError as error:
+            return _STATES[self.mem[self.states_byte + k]]
+        except KeyError as error:
             raise self.damaged(f"slot {k} has state {self.mem[self.states_byte + k]}") from error
 
     def move(self, k: int, new: State) -> None:
@@ -247,6 +247,7 @@ class Table:
 
 
 _BYTES = {state: bytes([state]) for state in State}
+_STATES = {int(state): state for state in State}
 
 
 def _states_byte() -> int:

@@ -1,7 +1,8 @@
 """What worker, broker and keeper say to each other, as bytes. No I/O here; both roles in one place.
 
 A link carries one conversation at a time, so an answer needs no number: a worker that wants two things at once opens two
-links. A message is a fixed head and, for some, a body of bytes (a session's baggage, or a sentence for humans):
+links. (Several FETCHes in a row are one conversation: they are answered in their order.)
+A message is a fixed head and, for some, a body of bytes (a session's baggage, or a sentence for humans):
 
     HELLO     worker -> broker    pool (body), row, incarnation           answered WELCOME or REFUSED
     SHARE     worker -> broker    slot, generation, session + descriptor  a duplicate of a session, so that others can attach

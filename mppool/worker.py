@@ -15,7 +15,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from mppool import claims
 from mppool.attached import Entry
@@ -24,7 +24,7 @@ from mppool.drivers.base import AsyncDriverBase, DriverBase
 from mppool.errors import Error
 from mppool.kernel.process import ForkGuard, check_descriptors
 from mppool.kernel.runtime import check_if_there, pool_id
-from mppool.line import Line
+from mppool.line import Descriptor, Line
 from mppool.options import Options
 from mppool.permits import Permits
 from mppool.reclaim import Reclaimer, free_slot, take_row
@@ -50,7 +50,7 @@ from mppool.table import (
 )
 from mppool.wire import Kind, Message, encode
 
-__all__ = ["Hands", "Ready", "Worker"]
+__all__ = ["Ahead", "Hands", "Ready", "Worker"]
 
 log = logging.getLogger("mppool")
 
@@ -64,6 +64,17 @@ _serials = itertools.count(1)
 # A session and the lane for it: an empty one in the local idle list, the one that holds it in a lease. Whoever takes the pair
 # out of list or lease has both, and nobody else has.
 Ready = tuple[Entry, Lane]
+
+
+class Ahead(NamedTuple):
+    """A session of another process that was fetched before it is wanted."""
+
+    generation: int
+    given: Descriptor
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"Ahead({self.generation}, {len(self.body)} bytes)"  # which may be secret
 
 
 class Hands:
@@ -168,6 +179,7 @@ class Worker:
         self.all_lanes = tuple(Lane(self.row, index) for index in range(table.lanes))
         self.lanes: deque[Lane] = deque(self.all_lanes)
         self.entries: dict[int, Entry] = {}
+        self.ahead: dict[int, Ahead] = {}  # by slot
         self.idle: deque[Ready] = deque()
         self.leases: dict[int, Ready] = {}
         self.lines: deque[Line] = deque()
@@ -224,6 +236,8 @@ class Worker:
         older = self.entries.get(k)
         if older is not None:
             self.forget(older)
+        if k in self.ahead:
+            self.drop_ahead(k)
         self.entries[k] = entry
         self.words[self.row.at + R_ATTACHED] = len(self.entries)
         return entry
@@ -238,6 +252,19 @@ class Worker:
         if not entry.closed:
             entry.closed = True
             self.let_go(entry.conn)
+
+    def keep_ahead(self, k: int, ahead: Ahead) -> None:
+        """Fetched for slot k, and not wanted yet."""
+        self.drop_ahead(k)
+        if self.attached(k) is None and ahead.generation == self.words[self.generation_at + k]:
+            self.ahead[k] = ahead
+        else:
+            ahead.given.close()
+
+    def drop_ahead(self, k: int) -> None:
+        ahead = self.ahead.pop(k, None)
+        if ahead is not None:
+            ahead.given.close()
 
     def lend(self, lane: Lane, entry: Entry) -> Any:
         """The session that ``lane`` holds goes to the user, if nothing comes in between: see Hands.settle."""
@@ -384,6 +411,9 @@ class Worker:
         """What earlier interruptions left, as far as it can be settled now."""
         if self.unfinished:
             self.finish()
+        for k, ahead in list(self.ahead.items()):
+            if ahead.generation != self.words[self.generation_at + k]:
+                self.drop_ahead(k)
         for key, (entry, lane) in list(self.leases.items()):
             if entry.left_behind():  # its end was interrupted
                 self.settle(lane)
@@ -491,6 +521,8 @@ class Worker:
         """In a child: everything here is the parent's. Close the child's descriptors without a word to anybody."""
         for line in [*self.lines, *(line for line, _ in self.abandoned)]:
             line.close()
+        for k in list(self.ahead):
+            self.drop_ahead(k)
         for entry in list(self.entries.values()):
             entry.close()
             if entry.lent is not entry.conn:
@@ -550,6 +582,8 @@ class Worker:
             self.permits.cap.close()
 
     def drop_entries(self) -> None:
+        for k in list(self.ahead):
+            self.drop_ahead(k)
         for entry in list(self.entries.values()):
             entry.close()
             self.driver.abort(entry.conn)

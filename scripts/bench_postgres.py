@@ -187,6 +187,8 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
 def first_leases(conninfo: str, rounds: int) -> dict[str, float]:
     """Medians in microseconds, all measured in turn: a login; the first lease, in a process that has nothing attached, of a live session that
     another dialed; and the lease of one that it had before, and another process used since. What resetting adds is "reset" less "trust".
+
+    The first lease is that of the second of two sessions: the process has its line to the broker, and a descriptor that came along with the first one's.
     """
     took: dict[str, list[float]] = {"login": []}
     with ExitStack() as stack:

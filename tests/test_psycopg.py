@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from psycopg.rows import dict_row
 from psycopg.types.string import TextLoader
 
 import mppool
-from mppool.drivers.psycopg import PsycopgDriver
+from mppool.drivers.psycopg import PsycopgDriver, libpq
 from mppool.integrations.psycopg import ConnectFailed, ConnectionPool, PoolTimeout
 from mppool.states import Residence
 from tests.helpers.postgres import Database, Login, Postgres, needs_postgres, postgres
@@ -673,6 +675,103 @@ def test_what_was_made_for_a_session_that_did_not_come_serves_the_next(database:
         driver = PsycopgDriver(database.conninfo)
         gc.collect()
         assert descriptors() == before
+    driver.close(conn)
+
+
+STRUCK = """
+import gc, itertools, os, signal, socket, sys
+from mppool.drivers.postgres import READY, WELCOME
+from mppool.drivers.psycopg import PsycopgDriver, libpq
+from tests.crash.tracing import KINDS, Thrown, Trigger, throw
+
+def opened():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) - len(libpq._doors)
+
+signal.signal(signal.SIGUSR1, throw)
+driver, trigger = PsycopgDriver("host=127.0.0.1 port=1 user=u dbname=d"), Trigger()
+ours, theirs = socket.socketpair()
+driver.abort(driver.attach(ours.fileno(), b"\\0" + WELCOME + READY))
+before, left = opened(), []
+for at in itertools.count(1):
+    trigger.arm(at)
+    trigger.install(KINDS["signal"], opcodes=True)
+    try:
+        driver.expect()
+        driver.abort(driver.attach(ours.fileno(), b"\\0" + WELCOME + READY))
+        sys.settrace(None)
+    except Thrown:
+        sys.settrace(None)
+    driver._expected.clear()
+    if not trigger.where:
+        break
+    if opened() != before:
+        left.append(trigger.where)
+        before = opened()
+assert at > 300, at
+print(left)
+"""
+
+
+def test_what_a_signal_handler_throws_at_any_bytecode_of_an_attach_leaves_nothing_open() -> None:
+    done = subprocess.run([sys.executable, "-c", STRUCK], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=100, check=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("room", [0, 1, 64])
+def test_threads_attach_at_once_and_fill_the_door(database: Database, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """What libpq connects to serves as many start-ups as may queue at it, then another takes its place, under whoever is about to use it."""
+    monkeypatch.setattr(libpq.Door, "ROOM", room)
+    monkeypatch.setattr(libpq, "TRIES", 100)
+    libpq.shut(libpq.a_door())  # away with the one that has more room
+    driver = PsycopgDriver(database.conninfo)
+    conn = driver.dial()
+    baggage, backend = driver.detach(conn), pid_of(conn)
+    with socket.socket(fileno=os.dup(conn.fileno())) as sock:
+        driver.abort(driver.attach(sock.fileno(), baggage))
+        gc.collect()
+        before = len(descriptors()) - len(libpq._doors)
+
+        def attach_often(_: int) -> int:
+            for _ in range(100):
+                adopted = driver.attach(sock.fileno(), baggage)
+                assert adopted.pgconn.backend_pid == backend  # (all of them have the same session: nobody asks)
+                driver.abort(adopted)
+            return 100
+
+        with ThreadPoolExecutor(8) as threads:
+            assert sum(threads.map(attach_often, range(8))) == 800
+        gc.collect()
+        assert len(descriptors()) - len(libpq._doors) == before
+        adopted = driver.attach(sock.fileno(), baggage)
+        assert one(adopted, "select 1") == 1
+        driver.abort(adopted)
+    driver.close(conn)
+
+
+def test_a_stranger_at_the_door_is_told_nothing(database: Database) -> None:
+    """The name that libpq connects to can be found by other users: they may fill it, and hear nothing; the next start-up goes to another."""
+    driver = PsycopgDriver(database.conninfo)
+    conn = driver.dial()
+    baggage = driver.detach(conn)
+    libpq.shut(libpq.a_door())  # away with the one that others queue at
+    door = libpq.a_door()
+    with ExitStack() as strangers, socket.socket(fileno=os.dup(conn.fileno())) as sock:
+        queue = []
+        for _ in range(door.ROOM + 2):
+            stranger = strangers.enter_context(socket.socket(socket.AF_UNIX))
+            stranger.setblocking(False)
+            with suppress(BlockingIOError):
+                stranger.connect(f"\0{door.host[1:]}/.s.PGSQL.1")
+                queue.append(stranger)
+        assert len(queue) == door.ROOM + 1
+        adopted = driver.attach(sock.fileno(), baggage)
+        assert one(adopted, "select 1") == 1
+        driver.abort(adopted)
+        assert libpq.a_door() is not door
+        for stranger in queue:
+            with suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
     driver.close(conn)
 
 

@@ -130,7 +130,7 @@ class World(Scenario):
         worker.permits, worker.slots = self.permits(), [None] * table.slots
         worker.all_lanes = tuple(code.claims.Lane(worker.row, lane) for lane in range(table.lanes))
         worker.lanes, worker.stories = deque(worker.all_lanes), Stories()
-        worker.entries, worker.idle, worker.leases, worker.lines = {}, deque(), {}, deque()
+        worker.entries, worker.ahead, worker.idle, worker.leases, worker.lines = {}, {}, deque(), {}, deque()
         worker.abandoned, worker.unfinished, worker.limbo = deque(), deque(), deque()
         worker.generation_at, worker.waiting, worker.reclaiming, worker.counting = table.generation, set(), {}, nullcontext()
         worker.options = SimpleNamespace(debug=False)

@@ -24,7 +24,6 @@ class Login(NamedTuple):
     address: Any = None
     host: str = ""
     residence: Residence = Residence.tls
-    adopted: bool = False  # and not yet configured in this process
 
     def __repr__(self) -> str:
         return f"Login({self.host!r}, {self.address!r}, {self.residence.name})"  # the greeting holds a secret

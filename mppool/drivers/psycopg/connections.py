@@ -66,6 +66,7 @@ class Movable:
     """What is other about a connection of ours: how it connects, and how it cancels."""
 
     _mppool = Login()
+    _adopted = False  # and not yet configured in this process
     _made: dict[str, Any]  # attributes, when it was made and not yet configured
     _reported: list[bytes | None]  # settings that libpq was told of, when it was configured
     _pool: Any = None  # that has lent it

@@ -1,21 +1,20 @@
 """Showing libpq a login, which cannot be given a socket.
 
-When a session is dialed, libpq connects to a private Unix socket of ours, and we relay what it and the server say, and record the
-server's greeting. When the session is adopted elsewhere, libpq connects to such a socket again, is shown that greeting, and
-believes to be logged in; then ``dup2`` puts the live connection under its descriptor.
+libpq connects by itself, to a Unix socket of ours (a Door), and at once ``dup2`` puts one end of a pair of sockets under its descriptor.
+When a session is dialed, we relay what libpq and the server say, and record the server's greeting. When the session is adopted
+elsewhere, libpq is shown that greeting, and believes to be logged in; then ``dup2`` puts the live connection under its descriptor.
 
-The private socket has an abstract name, which is in no directory and ends with it; only a connection of this very process is
-accepted. The generators are of psycopg's kind: they yield what to wait for, and psycopg waits, blocking or in an event loop.
+Nobody speaks, or listens, through a Door: what queues at it, be it another thread's, another process's or another user's, does not
+matter. The generators are of psycopg's kind: they yield what to wait for, and psycopg waits, blocking or in an event loop.
 """
 
 from __future__ import annotations
 
+import _socket
 import errno
-import itertools
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
@@ -39,6 +38,9 @@ KEEPALIVE = {
     "tcp_user_timeout": socket.TCP_USER_TIMEOUT,
 }
 
+UNHURRIED = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+TRIES = 4  # at a start-up: another thread may be closing the door that is full
+
 C = TypeVar("C")
 Waits = Generator[tuple[int, Wait], Ready, C]
 
@@ -46,41 +48,65 @@ _dialing: Remembered[socket.socket] = Remembered()
 _made: Remembered[psycopg.BaseConnection[Any]] = Remembered()
 _stages: Remembered[Stage] = Remembered()
 _unknown: set[object] = set()  # connections that libpq itself is just making
-_numbers = itertools.count(1)
+_doors: list[Door] = []  # one, or as many as threads found none at the same moment
+
+
+class Door:
+    """A Unix socket to which libpq may connect, and behind which is nobody: whatever comes in is never looked at.
+
+    Its abstract name is in no directory, and ends with it. It serves as many start-ups as may queue at it: each stays in the queue.
+    """
+
+    ROOM = 64
+
+    def __init__(self, sock: _socket.socket) -> None:
+        self.sock = sock
+        self.host = f"@mppool-{secrets.token_hex(12)}"
+        sock.bind(f"\0{self.host[1:]}/.s.PGSQL.1")
+        sock.listen(self.ROOM)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    __del__ = close
 
 
 class Stage:
-    """A private socket for one start-up of libpq, which connects to it and believes that the server is there.
+    """A start-up of libpq, which believes that it has connected to a server: we are that server.
 
-    ``conninfo`` is without a place. Raises OperationalError, OSError.
+    What it has connected to is a Door. In the place of that connection it is given one end of a pair of sockets, whose other end is
+    ours. ``conninfo`` is without a place. Raises OperationalError, OSError.
     """
 
     def __init__(self, conninfo: str) -> None:
-        self.host = f"@mppool-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(8)}"
-        self.inner: socket.socket | None = None
         self.pgconn: pq.abc.PGconn | None = None  # libpq's side, until somebody takes it
+        self.ends: tuple[_socket.socket, ...] = ()  # ours, and libpq's until it has it
         _stages.add(self)
         try:
-            self.start(f"{conninfo} host={self.host} hostaddr='' port=1 sslmode=disable gssencmode=disable")
+            self.start(conninfo)
         except BaseException:
             self.close()
             raise
 
     def start(self, conninfo: str) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(f"\0{self.host[1:]}/.s.PGSQL.1")
-            listener.listen(4)
-            listener.settimeout(5.0)
-            self.pgconn = pgconn = pq.PGconn.connect_start(conninfo.encode())
-            if pgconn.status == ConnStatus.BAD:
-                raise psycopg.OperationalError(f"connection is bad: {pgconn.get_error_message()}")
-            while self.inner is None:
-                sock, _ = listener.accept()
-                if struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] == os.getpid():
-                    self.inner = sock
-                else:
-                    sock.close()  # somebody else's: they are not the ones we show anything
-        self.inner.setblocking(False)
+        self.ends = ours, theirs = _socket.socketpair(socket.AF_UNIX, UNHURRIED)
+        for _ in range(TRIES):
+            door = a_door()
+            self.host = door.host
+            self.pgconn = pgconn = pq.PGconn.connect_start(f"{conninfo} host={door.host} hostaddr='' port=1 sslmode=disable gssencmode=disable".encode())
+            if pgconn.status != ConnStatus.BAD:
+                os.dup2(theirs.fileno(), pgconn.socket, inheritable=False)
+                theirs.close()
+                self.ends = (ours,)
+                return
+            shut(door)
+        raise psycopg.OperationalError(f"connection is bad: {pgconn.get_error_message()}")
+
+    def begun(self) -> pq.abc.PGconn:
+        """libpq's side, which has said what a client says first. It stays the stage's."""
+        assert self.pgconn is not None
+        self.pgconn.connect_poll()
+        return self.pgconn
 
     def take(self) -> pq.abc.PGconn:
         """libpq's side, which is the caller's from now on."""
@@ -90,44 +116,57 @@ class Stage:
 
     def said(self) -> bytes:
         """What libpq has to say to its server."""
-        assert self.inner is not None
         try:
-            return self.inner.recv(65536)
+            return self.ends[0].recv(65536)
         except BlockingIOError:
             return b""
 
     def show(self, data: bytes) -> None:
-        assert self.inner is not None
         if data:
-            self.inner.sendall(data)
+            self.ends[0].sendall(data)
         else:
-            self.inner.shutdown(socket.SHUT_RDWR)
+            self.ends[0].shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        if self.inner is not None:
-            self.inner.close()
+        for end in self.ends:
+            end.close()
+        self.ends = ()
         if self.pgconn is not None:
             self.pgconn.finish()
 
     __del__ = close
 
 
+def a_door() -> Door:
+    try:
+        return _doors[-1]
+    except IndexError:
+        _doors.append(Door(_socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)))
+        return _doors[-1]
+
+
+def shut(door: Door) -> None:
+    """It is full, or another thread has found it so."""
+    try:
+        _doors.remove(door)
+    except ValueError:
+        pass
+    door.close()
+
+
 def replay(stage: Stage, greeting: bytes, fd: int) -> pq.abc.PGconn:
     """A libpq connection over a duplicate of ``fd``, logged in as the greeting says. Ends ``stage``."""
     try:
         pgconn = stage.take()
-        shown = False
-        while True:
+        stage.show(greeting)
+        for _ in range(2):  # to say what a client says first, unless it has, and to read
             status = pgconn.connect_poll()
             if status == PollingStatus.OK:
                 break
             if status == PollingStatus.FAILED:
                 raise ProtocolError(f"libpq does not believe the greeting of {len(greeting)} bytes: {pgconn.get_error_message()}")
-            if status == PollingStatus.READING:
-                if shown:
-                    raise ProtocolError("libpq waits for more than a greeting")
-                stage.show(greeting)
-                shown = True
+        else:
+            raise ProtocolError("libpq waits for more than a greeting")
         os.dup2(fd, pgconn.socket, inheritable=False)
         pgconn.nonblocking = 1
         return pgconn
@@ -267,6 +306,8 @@ def forked() -> bool:
     """In a forked child: let go of what other threads of the parent were connecting. False: there was something that only libpq knows."""
     for sock in _dialing:
         abandon(sock)
+    while _doors:
+        _doors.pop().close()
     for stage in _stages:
         stage.close()
     for conn in _made:

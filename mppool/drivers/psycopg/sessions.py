@@ -76,10 +76,11 @@ class Sessions:
         self.connection_class = connection_class or self.plain
         self.cls = movable(self.connection_class)  # type: ignore[arg-type]  # classes are hashable
         self._shown: tuple[str, dict[str, Any]] | None = None
-        self._stages: deque[Stage] = deque()  # one that nobody used yet, perhaps
+        self._made: dict[str, Any] | None = None  # what all have in common that are shown a login
+        self._expected: deque[tuple[Stage, Any]] = deque()  # one that nobody used yet, perhaps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "cls": None, "_shown": None, "_stages": deque()}
+        return {**vars(self), "cls": None, "_shown": None, "_made": None, "_expected": deque()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, cls=movable(state["connection_class"]))
@@ -126,30 +127,42 @@ class Sessions:
         host, greeting = baggage[1 : 1 + size].decode(errors="replace"), baggage[1 + size :]
         if not is_greeting(greeting):
             raise ProtocolError(f"a baggage of {len(greeting)} bytes is no greeting of a PostgreSQL server")
-        conn = self.cls(replay(self.stage(), greeting, fd))
+        stage, conn = self.expected()
         try:
+            replay(stage, greeting, fd)
             family, address = peer_of(conn.fileno())
-            conn._mppool = Login(greeting, family, address, host, Residence.moves, adopted=True)
-            self.equip(conn, self.stage_arguments()[1])
-            self.note(conn)
+            conn._mppool = Login(greeting, family, address, host, Residence.moves)
+            conn._adopted = True
+            conn._reported = reported(conn)
             return conn
         except BaseException:
             self.abort(conn)
             raise
 
     def expect(self) -> None:
-        """libpq is started while the descriptor is on its way: more than half of the work of ``attach`` (55 of 99 us)."""
-        if not self._stages:
+        """While the descriptor is on its way, libpq is started, and psycopg's object made: most of the work of ``attach``."""
+        if not self._expected:
             try:
-                self._stages.append(Stage(self.stage_arguments()[0]))
+                self._expected.append(self.started())
             except (OSError, psycopg.Error):
                 pass  # ``attach`` tries again, and says so
 
-    def stage(self) -> Stage:
+    def expected(self) -> tuple[Stage, Any]:
         try:
-            return self._stages.pop()
+            return self._expected.pop()
         except IndexError:
-            return Stage(self.stage_arguments()[0])
+            return self.started()
+
+    def started(self) -> tuple[Stage, Any]:
+        """A connection that lacks nothing but to be shown a login."""
+        conninfo, equipment = self.stage_arguments()
+        stage = Stage(conninfo)
+        conn = self.cls(stage.begun())
+        self.equip(conn, equipment)
+        if self._made is None:
+            self._made = made(conn)
+        conn._made = self._made
+        return stage, conn
 
     def stage_arguments(self) -> tuple[str, dict[str, Any]]:
         """How libpq is started to be shown a greeting, and what psycopg is told besides."""
@@ -171,17 +184,16 @@ class Sessions:
 
     def note(self, conn: Any) -> None:
         """This is how it was made."""
-        adapters = conn._adapters and AdaptersMap(conn._adapters)
-        conn._made = {**{name: getattr(conn, name) for name in MADE}, "thresholds": (conn.prepare_threshold, conn.prepared_max), "adapters": adapters}
+        conn._made = made(conn)
         conn._reported = reported(conn)
 
     def as_made(self, conn: Any) -> None:
         """What users and ``configure`` did to it here is undone, as far as it is psycopg's."""
-        made = dict(conn._made)
-        conn.prepare_threshold, conn.prepared_max = made.pop("thresholds")
-        adapters = made.pop("adapters")
+        state = dict(conn._made)
+        conn.prepare_threshold, conn.prepared_max = state.pop("thresholds")
+        adapters = state.pop("adapters")
         conn._adapters = adapters and AdaptersMap(adapters)
-        vars(conn).update(made)
+        vars(conn).update(state)
         conn._notice_handlers.clear()
         conn._notify_handlers.clear()
 
@@ -211,12 +223,11 @@ class Sessions:
 
     def begins_anew(self, session: Any) -> bool:
         """At a transfer. One that is to be configured in a process that never had it is reset first: it would not be told of what others configured already."""
-        return self.on_transfer == "reset" or bool(session._mppool.adopted and self.configure is not None)
+        return self.on_transfer == "reset" or bool(session._adopted and self.configure is not None)
 
     def is_known(self, session: Any) -> None:
         """After a transfer: this process has it configured, if it is to be."""
-        if session._mppool.adopted:
-            session._mppool = session._mppool._replace(adopted=False)
+        session._adopted = False
 
     def must_deallocate(self, session: Any) -> bool:
         """Statements that others prepared may have the names that psycopg would use here."""
@@ -258,7 +269,7 @@ class Sessions:
     def renew(self, session: Any) -> None:
         """libpq remembers settings that were changed here, and reset elsewhere: it is shown the login again."""
         older, login = session.pgconn, session._mppool
-        pgconn = replay(self.stage(), login.greeting, older.socket)
+        pgconn = replay(Stage(self.stage_arguments()[0]), login.greeting, older.socket)
         wself = weakref.ref(session)
         pgconn.notice_handler = partial(psycopg.BaseConnection._notice_handler, wself)
         pgconn.notify_handler = partial(psycopg.BaseConnection._notify_handler, wself)
@@ -271,7 +282,7 @@ class Sessions:
         For integrations that promise a new object for each adoption: it costs a tenth of adopting.
         """
         newer = self.cls(session.pgconn)
-        newer._mppool = session._mppool
+        newer._mppool, newer._adopted = session._mppool, session._adopted
         self.equip(newer, self.stage_arguments()[1])
         newer._made, newer._reported = session._made, session._reported
         remember(newer)
@@ -287,7 +298,7 @@ class Sessions:
         bury(session.pgconn)
 
     def forked(self) -> bool:
-        self._stages.clear()
+        self._expected.clear()
         return libpq.forked()
 
     @staticmethod
@@ -323,6 +334,11 @@ def ended() -> pq.abc.PGconn:
     pgconn = pq.PGconn.connect_start(b"host=@mppool-nobody hostaddr='' port=1")
     pgconn.finish()
     return pgconn
+
+
+def made(conn: Any) -> dict[str, Any]:
+    adapters = conn._adapters and AdaptersMap(conn._adapters)
+    return {**{name: getattr(conn, name) for name in MADE}, "thresholds": (conn.prepare_threshold, conn.prepared_max), "adapters": adapters}
 
 
 def reported(session: Any) -> list[bytes | None]:
