@@ -84,11 +84,12 @@ class Thread(threading.local):
 
 class End:
     def __init__(self) -> None:
-        self.wrappers: weakref.WeakSet[DatabaseWrapper] = weakref.WeakSet()
+        self.wrappers: dict[int, weakref.ref[DatabaseWrapper]] = {}  # (no WeakSet: what a signal handler throws in its callbacks is swallowed)
 
     def __del__(self) -> None:
-        for wrapper in list(self.wrappers):
-            if not wrapper.allow_thread_sharing:
+        for reference in list(self.wrappers.values()):
+            wrapper = reference()
+            if wrapper is not None and not wrapper.allow_thread_sharing:
                 wrapper._forgotten()
 
 
@@ -129,7 +130,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         except Error as error:
             raise self._translated(error) from error
         self._lender = lender
-        _thread.end.wrappers.add(self)
+        _thread.end.wrappers[id(self)] = weakref.ref(self)
         if connection._pool is None:
             connection._pool = Lender(lender)
         connection.isolation_level = None if level is None else self.isolation_level
