@@ -185,10 +185,9 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
 
 
 def first_leases(conninfo: str, rounds: int) -> dict[str, float]:
-    """Medians in microseconds, all measured in turn: a login; the first lease, in a process that has nothing attached, of a live session that
-    another dialed; and the lease of one that it had before, and another process used since. What resetting adds is "reset" less "trust".
-
-    The first lease is that of the second of two sessions: the process has its line to the broker, and a descriptor that came along with the first one's.
+    """Medians in microseconds, all measured in turn: a login; the first lease of a process, which has yet to get a line to the broker, of a live
+    session that another dialed; its first lease of another such session, whose descriptor came along with the first one's; and the lease of
+    one that it had before, and another process used since. What resetting adds is "reset" less "trust".
     """
     took: dict[str, list[float]] = {"login": []}
     with ExitStack() as stack:
@@ -203,7 +202,7 @@ def first_leases(conninfo: str, rounds: int) -> dict[str, float]:
             stack.enter_context(broker(path))
             parts[policy] = opened(policy, path), opened(policy, path), path
             for part in parts[policy][:2]:
-                second_lease(part)
+                two_leases(part)
         for _ in range(rounds):
             began = time.perf_counter()
             conn = psycopg.connect(conninfo, autocommit=True)
@@ -211,22 +210,25 @@ def first_leases(conninfo: str, rounds: int) -> dict[str, float]:
             conn.close()
             for policy, (home, other, path) in parts.items():
                 fresh = opened(policy, path)
-                took.setdefault(f"first_{policy}", []).append(second_lease(fresh))
+                for name, seconds in zip(("opening", "first"), two_leases(fresh), strict=True):
+                    took.setdefault(f"{name}_{policy}", []).append(seconds)
                 fresh.close()
-                second_lease(home)
-                took.setdefault(f"back_{policy}", []).append(second_lease(other))
+                two_leases(home)
+                took.setdefault(f"back_{policy}", []).append(two_leases(other)[1])
     return {f"{name}_us": statistics.median(times) * 1e6 for name, times in took.items()}
 
 
-def second_lease(pool: ConnectionPool) -> float:
-    """Of the two sessions there are; with the first one the process has its line to the broker."""
-    one = pool.getconn()
+def two_leases(pool: ConnectionPool) -> tuple[float, float]:
+    """Seconds for each of the two sessions there are."""
+    pool.open()
     began = time.perf_counter()
+    one = pool.getconn()
+    between = time.perf_counter()
     other = pool.getconn()
-    took = time.perf_counter() - began
+    ended = time.perf_counter()
     pool.putconn(one)
     pool.putconn(other)
-    return took
+    return between - began, ended - between
 
 
 def main() -> None:
@@ -277,7 +279,8 @@ def show(leases: dict[str, float], results: dict[tuple[int, str], dict[str, dict
     login = leases["login_us"]
     print(f"\na login (SCRAM)                                {login:8.0f} us")
     for policy in ("reset", "trust"):
-        first, back = leases[f"first_{policy}_us"], leases[f"back_{policy}_us"]
+        opening, first, back = (leases[f"{which}_{policy}_us"] for which in ("opening", "first", "back"))
+        print(f"first lease of a process, {policy:6}               {opening:8.0f} us  1/{login / opening:.0f}")
         print(f"first lease of another's session, {policy:6}       {first:8.0f} us  1/{login / first:.0f}")
         print(f"lease of a session that another used, {policy:6}   {back:8.0f} us  1/{login / back:.0f}")
     first, back = (leases[f"{which}_reset_us"] - leases[f"{which}_trust_us"] for which in ("first", "back"))

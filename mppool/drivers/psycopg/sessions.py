@@ -75,12 +75,13 @@ class Sessions:
         self.configure = configure
         self.connection_class = connection_class or self.plain
         self.cls = movable(self.connection_class)  # type: ignore[arg-type]  # classes are hashable
+        self._told: dict[str, Any] | None = None
         self._shown: tuple[str, dict[str, Any]] | None = None
         self._made: dict[str, Any] | None = None  # what all have in common that are shown a login
         self._expected: deque[tuple[Stage, Any]] = deque()  # one that nobody used yet, perhaps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "cls": None, "_shown": None, "_made": None, "_expected": deque()}
+        return {**vars(self), "cls": None, "_told": None, "_shown": None, "_made": None, "_expected": deque()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, cls=movable(state["connection_class"]))
@@ -98,9 +99,11 @@ class Sessions:
         return {name: value for name, value in self.told().items() if name not in SECRET}
 
     def told(self) -> dict[str, Any]:
-        """The same with the password."""
-        conninfo, kwargs = self.arguments()
-        return effective(make_conninfo(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT}))
+        """The same with the password. Found out once: it takes libpq a quarter of a millisecond."""
+        if self._told is None:
+            conninfo, kwargs = self.arguments()
+            self._told = effective(make_conninfo(conninfo, **{name: value for name, value in kwargs.items() if name not in EQUIPMENT}))
+        return self._told
 
     def key(self) -> str:
         said = repr(sorted((name, str(value)) for name, value in self.parameters().items() if name != "connect_timeout"))
