@@ -33,7 +33,7 @@ class Entry:
         self.slot = slot
         self.generation = generation
         self.uses = uses  # when we last had it; unchanged means that nobody had it since
-        self.turn_ends = 0  # nanoseconds: see worker.TURN
+        self.turn_ends = 0  # nanoseconds: see Worker.may_overtake
         self.block = [-1]  # the ``with`` block that had it last has this list, too: which of the uses that was
         self.conn = conn
         self.residence = Residence.moves

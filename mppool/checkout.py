@@ -29,7 +29,7 @@ from mppool.states import CloseReason, State
 from mppool.story import Call, Pause, Story, Transfer
 from mppool.stray import settle_strays
 from mppool.table import R_CLAIMED, R_TIMEOUTS, W_DOWN_SINCE, W_FAILURES, W_RECONNECT_TIMEOUT
-from mppool.worker import TURN, Hands, Worker
+from mppool.worker import Hands, Worker
 
 __all__ = ["checkout", "timed_out"]
 
@@ -63,7 +63,7 @@ def checkout(hands: Hands, timeout: float, found: Entry | None = None) -> Story[
             worker.note_waiting(hands, True)
             held = yield from wait(hands, began, timeout)
             worker.count_wait(hands, time.monotonic() - began)
-            held[1].turn_ends = time.monotonic_ns() + TURN
+            held[1].turn_ends = time.monotonic_ns() + worker.turn
         return worker.lend(*held)
     except BaseException as error:
         worker.note_waiting(hands, False)

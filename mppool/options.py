@@ -88,6 +88,7 @@ class Options:
     max_lease: float = 0.0  # 0: no limit; else the broker shuts a session down that was lent for longer
     close_timeout: float = 0.5  # how long to wait for the server's end of a connection before its permit goes back
     connect_timeout: float = 10.0
+    turn: float = 0.004  # while others wait: how long who waited, too, may take its session again and again. 0: once
     configure: Callable[[Any], object] | None = None  # called once with each new session
     check: Callable[[Any], object] | None = None  # called before lending; raises if the session is broken
     reset: Callable[[Any], object] | None = None  # called at return; raises if the session is spoilt
@@ -98,7 +99,7 @@ class Options:
         self._whole("min_size", 0, self.max_size)
         self._whole("max_waiting", 0, 1 << 30)
         self._whole("max_dialing", 1, MAX_SLOTS)
-        for name in ("timeout", "max_idle", "max_lifetime", "reconnect_timeout", "max_lease", "close_timeout", "connect_timeout"):
+        for name in ("timeout", "max_idle", "max_lifetime", "reconnect_timeout", "max_lease", "close_timeout", "connect_timeout", "turn"):
             self._seconds(name)
         for name in ("configure", "check", "reset"):
             value = getattr(self, name)

@@ -55,7 +55,7 @@ __all__ = ["Ahead", "Hands", "Ready", "Worker"]
 log = logging.getLogger("mppool")
 
 LOOK = encode(Message(Kind.LOOK))
-TURN = 4_000_000  # nanoseconds in which a worker that waited for a session may take it again and again, although others wait
+SHORT = 4_000_000  # nanoseconds that a lease may last after which nobody is told that its session is free, since its holder will come right back
 PROMPT = 100_000  # nanoseconds between a return and the next checkout within which we call it the same piece of work
 SILENT = 1_000_000_000  # nanoseconds without a sign of life after which a broker counts as absent
 _serials = itertools.count(1)
@@ -186,6 +186,7 @@ class Worker:
         self.abandoned: deque[tuple[Line, Lane]] = deque()
         self.unfinished: deque[Lane] = deque()
         self.limbo: deque[Lane] = deque()
+        self.turn = int(options.turn * 1e9)  # nanoseconds
         self.has_endless = False  # sessions that nobody can end from outside: has one ever been ours?
         self.generation_at = table.generation
         # What pool.py's fast path asks: where hooks are to be called, it finds nothing ready and no return plain.
@@ -440,7 +441,7 @@ class Worker:
         """Others wait: may we take the session again that we gave back last? Yes, while our turn with it lasts.
 
         Waking the next in line costs as much as several short leases, in which the session stands idle and the processors
-        are busy with nothing else. So turns are handed on, not leases; longer leases than TURN are strictly first come, first served.
+        are busy with nothing else. So turns are handed on, not leases; longer leases than a turn are strictly first come, first served.
         """
         now = time.monotonic_ns()
         self.prompt = now - self.returned_at < PROMPT
@@ -457,7 +458,7 @@ class Worker:
         """
         self.returned_at = now = time.monotonic_ns()
         prompt, self.prompt = self.prompt, False
-        return prompt and now - self.words[entry.slot.since_at] < TURN
+        return prompt and now - self.words[entry.slot.since_at] < SHORT
 
     def line_at_hand(self) -> Line | None:
         """A line to a broker that is well, which nobody uses and on which nothing is owed. Put it back into ``lines`` after use."""

@@ -5,8 +5,8 @@
 Every worker is a process that runs one transaction after the other through psycopg: a *select* of one row by its key (autocommit), or a
 *transaction* of an update, a select and an insert. *direct* keeps a connection a worker, and *psycopg_pool* a pool of one in each, so
 they are there only where there are as many sessions as workers. PgBouncer pools transactions; its clients stay connected. Ours checks
-out for each transaction, as does psycopg_pool, resetting (DISCARD ALL) sessions that another worker used, or trusting. Logins are by
-SCRAM. Rounds take the variants in turn; medians are shown.
+out for each transaction, as does psycopg_pool, resetting (DISCARD ALL) sessions that another worker used, or trusting; where sessions
+are few also with a longer ``turn``. Logins are by SCRAM. Rounds take the variants in turn; medians are shown.
 
 CPU is that of workers and pooler (not the server's) for each transaction. All of it runs on one machine: compare ratios.
 """
@@ -36,6 +36,7 @@ from mppool.integrations.psycopg import ConnectionPool
 
 ROWS = 10_000
 PASSWORD = "bench-secret"
+LONG = 0.02  # seconds
 AUTOCOMMIT = {"autocommit": True, "prepare_threshold": None}
 Transact = Callable[[], None]
 
@@ -179,8 +180,9 @@ def variant(name: str, conninfo: str, sessions: int, work: Callable[[Any], None]
             return
         path = f"{directory}/broker.sock"
         pid = stack.enter_context(broker(path))
+        policy, _, turn = name.removeprefix("mppool ").partition(", turn ")
         options: dict[str, Any] = {"kwargs": AUTOCOMMIT, "min_size": 0, "max_size": sessions, "max_dialing": 4, "broker": path}
-        pool = ConnectionPool(conninfo, on_transfer=name.removeprefix("mppool "), **options)
+        pool = ConnectionPool(conninfo, on_transfer=policy, turn=float(turn or 0.004), **options)
         yield lambda: pooled(pool, work), [pid]
 
 
@@ -263,6 +265,8 @@ def compare(conninfo: str, sessions: int, workload: str, options: argparse.Names
     names = ["pgbouncer", "mppool reset", "mppool trust"]
     if sessions >= options.workers:
         names[:0] = ["direct", "psycopg_pool"]
+    else:
+        names.append(f"mppool trust, turn {LONG}")
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in random.sample(names, len(names)):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 
 import mppool
-import mppool.checkout
 import mppool.worker
 from mppool.table import H_WAITERS
 from tests.helpers.processes import BrokerProcess, Child, eventually, fork
@@ -18,16 +17,15 @@ from tests.helpers.server import Judge
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
-        pytest.param(1 << 62, "xaaaaab", id="within its turn a worker takes the session again"),
+        pytest.param(1e9, "xaaaaab", id="within its turn a worker takes the session again"),
         pytest.param(0, "xabaaaa", id="then the next one has it"),
     ],
 )
-def test_turns(turn: int, expected: str, server: Judge, broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns(turn: float, expected: str, server: Judge, broker: BrokerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """One session, for which x, a and b wait, in this order; a wants it five times, at once again. Its last return it tells nobody: b gets it all the same."""
-    monkeypatch.setattr(mppool.checkout, "TURN", turn)
-    for name in ("TURN", "PROMPT"):  # however slow the machine is, all leases are short and the next follows at once
+    for name in ("SHORT", "PROMPT"):  # however slow the machine is, all leases are short and the next follows at once
         monkeypatch.setattr(mppool.worker, name, 1 << 62)
-    pool = mppool.Pool(server.address, max_size=1, name="turns", broker=broker.path)
+    pool = mppool.Pool(server.address, max_size=1, name="turns", broker=broker.path, turn=turn)
     log, write = os.pipe()
 
     def leases(name: str, count: int) -> Callable[[Child], None]:

@@ -29,7 +29,7 @@ class ConnectionPool(Shared[C]):
     "trust"    nothing: settings, temporary tables, advisory locks, LISTEN of other workers may be met. Only where a user changed what clients read
                by (client_encoding, TimeZone, DateStyle, IntervalStyle, standard_conforming_strings) is it reset, at its return
 
-    and ``broker autostart max_dialing max_lease close_timeout`` are those of ``mppool.Pool``.
+    and ``broker autostart max_dialing max_lease close_timeout turn`` are those of ``mppool.Pool``.
 
     What differs from psycopg_pool:
 
