@@ -61,9 +61,13 @@ class Example:
         eventually(lambda: not self.processes(), what="processes left over")
         return code
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         for process in self.processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended with one that it watched
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
         self.process.wait()
         for name in self.names():
             os.unlink(f"{memory.SHM}/{name}")
@@ -148,9 +152,7 @@ def test_gc_removes_what_is_left_when_all_are_killed(demo: Example) -> None:
     """Every process killed at once, broker and keeper among them: names are left, and ``mppool gc`` removes them."""
     eventually(lambda: "nobody was killed yet" in demo.said(), what="load")
     for number in (signal.SIGSTOP, signal.SIGKILL):
-        for process in demo.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it watched one that is killed
-                process.send_signal(number)
+        demo.signal(number)
     assert demo.ends() == -signal.SIGKILL
     left = {name.removeprefix("sem.").partition(".")[0] for name in demo.names()}
     assert len(left) == 1
