@@ -435,7 +435,7 @@ class Worker:
 
     def must_queue(self) -> bool:
         """Is somebody waiting before us? The word means nothing without a broker."""
-        return bool(self.table.halves[H_WAITERS]) and time.monotonic_ns() - self.words[W_BEAT] < SILENT
+        return bool(self.table.halves[H_WAITERS]) and self.broker_beats()
 
     def may_overtake(self) -> bool:
         """Others wait: may we take the session again that we gave back last? Yes, while our turn with it lasts.

@@ -47,7 +47,7 @@ class AsyncPsycopgDriver(Sessions, AsyncDriverBase):
             self.forget(session)
             if self.must_deallocate(session):
                 await session._do(command(session.pgconn, b"DEALLOCATE ALL"))
-        self.is_known(session)
+        session._adopted = False
 
     async def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""

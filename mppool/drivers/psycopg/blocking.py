@@ -46,7 +46,7 @@ class PsycopgDriver(Sessions, DriverBase):
             self.forget(session)
             if self.must_deallocate(session):
                 session._do(command(session.pgconn, b"DEALLOCATE ALL"))
-        self.is_known(session)
+        session._adopted = False
 
     def set_up(self, session: Any) -> None:
         """Call the user's ``configure``. Raises what it raises, ProgrammingError if it leaves a transaction open."""

@@ -228,12 +228,8 @@ class Sessions:
         """At a transfer. One that is to be configured in a process that never had it is reset first: it would not be told of what others configured already."""
         return self.on_transfer == "reset" or bool(session._adopted and self.configure is not None)
 
-    def is_known(self, session: Any) -> None:
-        """After a transfer: this process has it configured, if it is to be."""
-        session._adopted = False
-
     def must_deallocate(self, session: Any) -> bool:
-        """Statements that others prepared may have the names that psycopg would use here."""
+        """At a transfer: statements that others prepared are of no use here (their names are never ours), and would pile up."""
         return self.on_transfer == "trust" and session.prepare_threshold is not None
 
     def was_set_up(self, session: Any) -> None:
